@@ -1,0 +1,107 @@
+"""Statistics of activations, gathered in one streaming pass over calibration data."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.analysis.execution import run
+from fxopt.errors import CalibrationError
+from fxopt.ir.program import Program, dtype_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Flat inputs of one calibration batch, and which of its tokens are real."""
+
+    inputs: Sequence[Tensor]
+    tokens: Tensor | None = None  # bool [B, S]; None when all are real
+
+
+@dataclass
+class Statistics:
+    """Running minimum and maximum of each watched tensor, and how many tokens were seen."""
+
+    low: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    high: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    tokens: int = 0
+
+
+def collect(
+    program: Program,
+    nodes: Iterable[Node],
+    samples: Iterable[Sample],
+    progress: Callable[[int], None] = lambda _: None,
+) -> Mapping[str, Mapping[str, Tensor]]:
+    """Observe the outputs of `nodes` per channel (last axis) over real tokens only.
+
+    Returns:
+        {"minimum": {node: [channels]}, "maximum": {node: [channels]}}.
+
+    Raises:
+        CalibrationError: there was no data, or an activation was not finite.
+    """
+    wanted = {node.name for node in nodes}
+    statistics = Statistics()
+    for index, sample in enumerate(samples):
+        _observe(program, wanted, sample, statistics)
+        progress(index + 1)
+    if not statistics.tokens:
+        raise CalibrationError(
+            "a static activation range was asked for and the calibration data is empty. Pass "
+            "calibration=[...] with inputs like those of the model, or texts where there is a "
+            "tokenizer."
+        )
+    return {"minimum": statistics.low, "maximum": statistics.high}
+
+
+def _observe(program: Program, wanted: set[str], sample: Sample, statistics: Statistics) -> None:
+    def watch(node: Node, value: object) -> None:
+        if node.name not in wanted or not isinstance(value, Tensor):
+            return
+        rows = real_rows(value, sample.tokens)
+        if rows.numel() == 0:
+            return
+        low, high = torch.aminmax(rows.float(), dim=0)
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            raise CalibrationError(
+                f"calibration data drives {node.name!r} to NaN or infinity. Check the data and "
+                "the model's dtype."
+            )
+        known = node.name in statistics.low
+        statistics.low[node.name] = (
+            torch.minimum(statistics.low[node.name], low) if known else low
+        )
+        statistics.high[node.name] = (
+            torch.maximum(statistics.high[node.name], high) if known else high
+        )
+
+    run(program, sample.inputs, watch)
+    if sample.tokens is not None:
+        statistics.tokens += int(sample.tokens.sum())
+    else:
+        statistics.tokens += max((t.shape[0] for t in sample.inputs if t.dim()), default=0)
+
+
+def real_rows(value: Tensor, tokens: Tensor | None) -> Tensor:
+    """An activation as rows [tokens, channels], padding left out where it can be told."""
+    if value.dim() < 2:
+        return value.reshape(1, -1)
+    if tokens is not None and value.shape[:2] == tokens.shape:
+        value = value[tokens]
+    return value.reshape(-1, value.shape[-1])
+
+
+def linear_inputs(program: Program) -> list[Node]:
+    """The distinct activations that linears with a constant weight read."""
+    found: dict[str, Node] = {}
+    for node in program.nodes(aten.linear.default):
+        source, weight = node.args[0], node.args[1]
+        constant = isinstance(weight, Node) and weight.op == "get_attr"
+        if isinstance(source, Node) and constant and dtype_of(source) is not None:
+            found[source.name] = source
+    return list(found.values())

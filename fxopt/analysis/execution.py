@@ -1,0 +1,68 @@
+"""Run a program node by node: in float64, or while watching what flows through it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+from torch.fx.node import map_aggregate
+
+from fxopt.ir.program import Program
+
+Watch = Callable[[Node, Any], None]
+
+
+class _Watched(Interpreter):
+    def __init__(self, program: Program, watch: Watch | None) -> None:
+        super().__init__(program.graph_module)
+        self.watch = watch
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if self.watch is not None and n.op != "output":
+            self.watch(n, result)
+        return result
+
+
+class _Promoted(_Watched):
+    """Every floating tensor, constant and conversion is float64.
+
+    Weights are promoted where they are used and freed at once, so that a model never exists a
+    second time in float64.
+    """
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args = map_aggregate(args, _promote_argument)
+        kwargs = map_aggregate(kwargs, _promote_argument)
+        return super().call_function(target, args, kwargs)
+
+
+def promote(value: Any) -> Any:
+    """A floating tensor in float64; anything else as it is."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _promote_argument(value: Any) -> Any:
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return promote(value)
+
+
+@torch.no_grad()
+def run_float64(
+    program: Program, inputs: Sequence[Tensor], watch: Watch | None = None
+) -> list[Tensor]:
+    """The program's flat outputs, computed in float64 throughout."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return [promote(value) for value in _Promoted(program, watch).run(*inputs)]
+    finally:
+        torch.set_default_dtype(default)
+
+
+@torch.no_grad()
+def run(program: Program, inputs: Sequence[Tensor], watch: Watch | None = None) -> list[Tensor]:
+    """The program's flat outputs in its own dtypes, each node's result shown to `watch`."""
+    return list(_Watched(program, watch).run(*inputs))

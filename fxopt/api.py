@@ -1,0 +1,296 @@
+"""The public verbs: optimize, capture, load, diff."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from fxopt.analysis.calibration import Sample
+from fxopt.capture import capture_program
+from fxopt.errors import LoadError, LoweringError
+from fxopt.ir.diff import Diff
+from fxopt.ir.diff import diff as diff_programs
+from fxopt.ir.program import Program
+from fxopt.lowering import Lowered, LoweringOptions, lower
+from fxopt.lowering.device import move_program
+from fxopt.pipeline.data import calibration_samples, find_tokenizer, standard_texts
+from fxopt.pipeline.manager import Expectation, Manager, Progress, silent
+from fxopt.pipeline.recipe import Recipe, presets
+from fxopt.pipeline.report import Report, build_report
+from fxopt.pipeline.tolerances import LOWERED_SQNR_DB
+from fxopt.pipeline.verify import Floor, Verifier, measure
+from fxopt.progress import bar
+from fxopt.runtime.folder import read_folder
+from fxopt.runtime.generation import build_pretrained
+from fxopt.runtime.optimized import OptimizedModel
+
+# Above this size the checks run on two input sets instead of all; each still covers every layer.
+_LARGE_MODEL_BYTES = 200_000_000
+
+
+def optimize(
+    model: nn.Module,
+    recipe: Any,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    target: str = "auto",
+    verify: str | None = None,
+    inplace: bool = False,
+    progress: bool | Progress = True,
+) -> OptimizedModel:
+    """Capture a model, rewrite it by a recipe, check every rewrite, and lower the result.
+
+    Args:
+        model: an HF model or any nn.Module; left untouched unless `inplace`.
+        recipe: a preset's name, a path, a dict, a Recipe, or a list of passes.
+        example_inputs: a tuple (positional) or dict (keywords); HF models need none.
+        calibration: inputs like the model's own, or texts where there is a tokenizer.
+        target: "auto", "reference", "cpu" or "cuda"; overrides the recipe's.
+        verify: "full", "fast" or "off"; overrides the recipe's.
+        inplace: give up `model`: its weights are freed when the program no longer needs them.
+        progress: show a progress bar, or a callable that is told each stage.
+
+    Returns:
+        an object with the model's own call and result type, and `generate` where it has it.
+
+    Raises:
+        FxoptError: one of its children; `model` is as it was, and nothing was written.
+    """
+    resolved = Recipe.resolve(recipe)
+    passes = resolved.build()
+    with bar(progress, len(passes)) as tell:
+        started = time.perf_counter()
+        tell("capture")
+        program = capture_program(model, example_inputs)
+        tokenizer = find_tokenizer(model) if isinstance(model, PreTrainedModel) else None
+        samples = _LazySamples(program, resolved, calibration, tokenizer)
+        manager = Manager(
+            verifier=_verifier(program, resolved, verify, samples),
+            samples=samples,
+            expectations={
+                name: Expectation(e.min_sites, e.max_sites, e.max_refusals)
+                for name, e in resolved.expect.items()
+            },
+            progress=tell,
+        )
+        captured = program
+        program = manager.run(program, passes)
+        _part_from(model, program, inplace)
+        bytes_before = captured.byte_count()
+        del captured
+        tell("lower")
+        options = _lowering_options(resolved, target)
+        lowered = lower(program, options)
+        _check_lowered(program, lowered, manager.verifier)
+        report = build_report(
+            model, resolved, program, lowered, bytes_before, time.perf_counter() - started
+        )
+        return _assemble(model, program, lowered, resolved, report, options)
+
+
+def capture(model: nn.Module, example_inputs: Any = None) -> Program:
+    """Capture a model as a Program, checked against the model.
+
+    Raises:
+        CaptureError: the model cannot be captured, or its graph differs from it.
+    """
+    return capture_program(model, example_inputs)
+
+
+def diff(a: Any, b: Any) -> Diff:
+    """What differs between two programs or optimized models, in terms of module paths."""
+    return diff_programs(_program_of(a), _program_of(b))
+
+
+def load(path: str | Path, target: str = "auto") -> OptimizedModel:
+    """Load a folder written by `save_pretrained`; runs no pickled code and no model class.
+
+    Raises:
+        LoadError: the folder is damaged, foreign, unsafe, or from a newer fxopt.
+    """
+    stored = read_folder(Path(path))
+    settings = stored.extra.get("lowering", {})
+    options = LoweringOptions(
+        target=target if target != "auto" else settings.get("target", "auto"),
+        compile=settings.get("compile"),
+        decisions=settings.get("decisions"),
+    )
+    lowered = lower(stored.program, options)
+    report = Report.from_dict(stored.report) if stored.report else None
+    common: dict[str, Any] = {
+        "report": report,
+        "recipe": stored.recipe,
+        "extra": stored.extra,
+        "relower": _relower(options),
+    }
+    if not stored.config:
+        return _compiled(OptimizedModel(stored.program, lowered.program, **common), options)
+    try:
+        config = _config_from(stored.config)
+        generation = stored.generation_config
+        generation_config = GenerationConfig.from_dict(generation) if generation else None
+    except (TypeError, ValueError, KeyError) as error:
+        raise LoadError(f"config.json in {path} cannot be used: {error}") from error
+    name = str(stored.extra.get("class_name", "OptimizedModel"))
+    model = build_pretrained(
+        name, stored.program, lowered.program, config, generation_config, **common
+    )
+    return _compiled(model, options)
+
+
+def recipes() -> dict[str, str]:
+    """The recipes that ship with fxopt, each with its one-line description."""
+    return {name: recipe.description for name, recipe in presets().items()}
+
+
+# --- parts of optimize ----------------------------------------------------------------------
+
+
+class _LazySamples:
+    """Calibration batches, made at the first use and kept."""
+
+    def __init__(
+        self, program: Program, recipe: Recipe, calibration: Iterable[Any] | None, tokenizer: Any
+    ) -> None:
+        self.signature = program.signature
+        self.settings = recipe.calibration
+        self.calibration = calibration
+        self.tokenizer = tokenizer
+        self.made: list[Sample] | None = None
+
+    def __call__(self) -> list[Sample]:
+        if self.made is None:
+            data = self.calibration
+            if data is None and self.tokenizer is not None:
+                data = standard_texts(self.settings.samples)
+            self.made = calibration_samples(
+                self.signature,
+                data or (),
+                self.tokenizer,
+                self.settings.samples,
+                self.settings.max_length,
+                self.settings.batch_size,
+            )
+        return self.made
+
+
+def _verifier(
+    program: Program, recipe: Recipe, verify: str | None, samples: _LazySamples
+) -> Verifier:
+    floor = recipe.floor
+    inputs = list(program.examples)
+    if program.byte_count() > _LARGE_MODEL_BYTES:
+        inputs = inputs[1:3] if len(inputs) > 2 else inputs[:2]
+    given = samples() if samples.calibration is not None else []
+    inputs += [sample.inputs for sample in given[:1]]
+    return Verifier(
+        inputs=inputs,
+        mode=verify or recipe.verify,
+        floor=Floor(floor.sqnr_db, floor.top1, floor.kl) if floor else Floor(),
+    )
+
+
+def _part_from(model: nn.Module, program: Program, inplace: bool) -> None:
+    """Make sure that program and model share no memory: copy, or with `inplace` take it over."""
+    if inplace:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return
+    theirs = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    for name, value in program.weights().items():
+        if value.untyped_storage().data_ptr() in theirs:
+            program.set_weight(name, value.clone())
+
+
+def _lowering_options(recipe: Recipe, target: str) -> LoweringOptions:
+    asked = recipe.lowering
+    return LoweringOptions(
+        target=target if target != "auto" else asked.target,
+        speed_gate=asked.speed_gate,
+        compile=asked.compile,
+        shapes=asked.shapes,
+    )
+
+
+def _check_lowered(program: Program, lowered: Lowered, verifier: Verifier) -> None:
+    """The kernels against the operators they stand for, on the same inputs."""
+    if verifier.mode == "off" or not lowered.sites:
+        return
+    chosen = verifier.inputs if verifier.mode == "full" else verifier.inputs[:1]
+    measured = measure(program, lowered.program, chosen)
+    if measured.sqnr_db < LOWERED_SQNR_DB:
+        raise LoweringError(
+            f"lowering to {lowered.target!r} changed output {measured.worst_output!r}: SQNR "
+            f"{measured.sqnr_db:.1f} dB against the reference operators, at least "
+            f"{LOWERED_SQNR_DB:g} dB allowed. A kernel computes something else on this machine; "
+            "use target='reference', and report it with your CPU's model."
+        )
+
+
+def _assemble(
+    model: nn.Module,
+    program: Program,
+    lowered: Lowered,
+    recipe: Recipe,
+    report: Report,
+    options: LoweringOptions,
+) -> OptimizedModel:
+    extra: dict[str, Any] = {
+        "class_name": type(model).__name__,
+        "lowering": {
+            "target": options.target,
+            "compile": options.compile,
+            "decisions": lowered.decisions if options.speed_gate else None,
+        },
+    }
+    common: dict[str, Any] = {
+        "report": report,
+        "recipe": recipe.to_dict(),
+        "extra": extra,
+        "relower": _relower(options),
+    }
+    if not isinstance(model, PreTrainedModel):
+        return _compiled(OptimizedModel(program, lowered.program, **common), options)
+    extra["main_input_name"] = model.main_input_name
+    extra["can_generate"] = bool(model.can_generate())
+    generation: Any = getattr(model, "generation_config", None)
+    optimized = build_pretrained(
+        type(model).__name__,
+        program,
+        lowered.program,
+        _config_from(model.config.to_dict()),
+        GenerationConfig.from_dict(generation.to_dict()) if generation is not None else None,
+        **common,
+    )
+    return _compiled(optimized, options)
+
+
+def _compiled(model: OptimizedModel, options: LoweringOptions) -> OptimizedModel:
+    if options.compile == "inductor":
+        model.runner = torch.compile(model.runner, dynamic=True)  # type: ignore[assignment]
+    return model
+
+
+def _relower(options: LoweringOptions) -> Any:
+    def relower(program: Program, device: torch.device) -> tuple[Program, Program]:
+        moved = move_program(program, device)
+        again = LoweringOptions("auto", options.speed_gate, options.compile, options.shapes)
+        return moved, lower(moved, again).program
+
+    return relower
+
+
+def _config_from(data: dict[str, Any]) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    kind = data.get("model_type", "")
+    cls: Any = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig
+    return cls.from_dict(data)
+
+
+def _program_of(value: Any) -> Program:
+    return value.program if isinstance(value, OptimizedModel) else value

@@ -1,0 +1,77 @@
+"""The first check of all: the captured graph against the model, run eagerly."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxopt.errors import CaptureError
+
+# Error over rms of the output. Fused attention reorders sums, so bit-equality is reported but
+# not demanded; anything above this is a different function.
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 2e-4,
+    torch.bfloat16: 6e-2,
+    torch.float16: 1e-2,
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run of graph and model on the same inputs."""
+
+    description: str
+    error: float
+    bit_equal: bool
+
+
+def compare_outputs(
+    description: str, names: list[str], graph: list[Tensor], model: list[Tensor]
+) -> Comparison:
+    """Compare flat outputs, each against the dtype's own tolerance.
+
+    Raises:
+        CaptureError: count, shape, dtype or values differ; the message says which output.
+    """
+    if len(graph) != len(model):
+        raise CaptureError(
+            f"capture check at {description}: the graph returns {len(graph)} tensors, the model "
+            f"{len(model)}."
+        )
+    worst, equal = 0.0, True
+    for name, ours, theirs in zip(names, graph, model, strict=True):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise CaptureError(
+                f"capture check at {description}: output {name!r} is {ours.dtype} "
+                f"{list(ours.shape)} in the graph and {theirs.dtype} {list(theirs.shape)} in the "
+                "model: a dimension was fixed at capture. Pass example_inputs of another size."
+            )
+        equal = equal and torch.equal(ours, theirs)
+        error = relative_error(ours, theirs)
+        limit = TOLERANCE.get(theirs.dtype, 0.0)
+        if not error <= limit:
+            raise CaptureError(
+                f"capture check at {description}: output {name!r} differs from the model by "
+                f"{error:.3g} of its rms (allowed {limit:g}): the graph is not the model. "
+                "Control flow that depends on the inputs' sizes or values is the usual cause."
+            )
+        worst = max(worst, error)
+    return Comparison(description, worst, equal)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """max |a - b| / rms(b); inf where only one is finite, 0 for empty tensors."""
+    if theirs.numel() == 0:
+        return 0.0
+    if not theirs.is_floating_point():
+        return 0.0 if torch.equal(ours, theirs) else float("inf")
+    a, b = ours.double(), theirs.double()
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)):
+        return float("inf")
+    a, b = a[finite], b[finite]
+    if b.numel() == 0:
+        return 0.0
+    rms = float(b.square().mean().sqrt())
+    return float((a - b).abs().max()) / max(rms, 1e-30)

@@ -1,0 +1,282 @@
+"""Run torch.export on a callable and hand back a clean, flat graph."""
+
+import contextlib
+import copy
+import operator
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from fxopt.errors import CaptureError
+from fxopt.ir.program import WeightTree, assign_weight
+from fxopt.ir.signature import Dimension
+
+aten = torch.ops.aten
+
+# They state facts about the example, or about training, that the signature states better.
+_ASSERTIONS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+)
+_REGION_CALLS = (
+    torch.ops.higher_order.wrap_with_set_grad_enabled,
+    torch.ops.higher_order.wrap_with_autocast,
+)
+
+
+def export_flat(
+    module: nn.Module,
+    forward: Callable[..., list[Tensor]],
+    tensors: dict[str, Tensor],
+    dynamic: dict[str, list[int]] | None = None,
+) -> tuple[GraphModule, dict[str, str]]:
+    """Export `forward(*tensors)` with `module`'s weights under their own names.
+
+    `dynamic` names the axes of each input that may vary; without it every axis may, and
+    torch.export fixes those that the model itself fixes. The graph that comes back takes and
+    returns flat tensors.
+
+    Returns:
+        the graph module, and the names of tied weights mapped to the name they are held under.
+
+    Raises:
+        CaptureError: torch.export refused the model.
+    """
+
+    def flat_forward(*args: Tensor) -> list[Tensor]:
+        return forward(*args)
+
+    shapes = [
+        dict.fromkeys(
+            range(tensor.dim()) if dynamic is None else dynamic[name], torch.export.Dim.AUTO
+        )
+        for name, tensor in tensors.items()
+    ]
+    training = module.training
+    try:
+        with _patched_forward(module, flat_forward), _evaluation(module), torch.no_grad():
+            exported = torch.export.export(
+                module,
+                tuple(tensors.values()),
+                dynamic_shapes=(tuple(shapes),),
+                strict=False,
+                # Guards fix the dimensions that the module fixes; where the caller says which may
+                # vary, a guard on them would only be in the way of a captured cache.
+                prefer_deferred_runtime_asserts_over_guards=dynamic is not None,
+            )
+    except Exception as error:
+        raise CaptureError(_explain(error)) from error
+    finally:
+        module.train(training)
+    traced = exported.module(check_guards=False)
+    assert isinstance(traced, GraphModule)  # noqa: S101 - documented return type
+    return _clean(traced, list(tensors), module)
+
+
+@contextlib.contextmanager
+def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    had_own = "forward" in module.__dict__
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            module.forward = own  # type: ignore[assignment]
+        else:
+            del module.forward
+
+
+@contextlib.contextmanager
+def _evaluation(module: nn.Module) -> Iterator[None]:
+    # nn.TransformerEncoderLayer and nn.MultiheadAttention jump to one opaque fused operator in
+    # eval mode, which no pass could look into.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    modes = {child: child.training for child in module.modules()}
+    torch.backends.mha.set_fastpath_enabled(False)
+    module.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def _explain(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    first = re.sub(r"\s+", " ", text.split("\n\n")[0])[:400]
+    source = re.search(r'File "([^"]+)", line (\d+), in (\w+)(?!.*File ")', text, re.DOTALL)
+    where = f" (in {source[3]}, line {source[2]})" if source else ""
+    data_dependent = "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__
+    advice = (
+        "The model branches on the values of a tensor. Replace the Python `if`/loop by "
+        "torch.where, torch.cond or a mask, or wrap the part without the branch."
+        if data_dependent
+        else "Check that model(**inputs) runs, that its Python control flow does not depend on "
+        "tensor values, and that it calls torch operators only."
+    )
+    return f"torch.export could not capture the model{where}: {type(error).__name__}: {first}. {advice}"
+
+
+# --- cleaning -------------------------------------------------------------------------------
+
+
+def _clean(
+    traced: GraphModule, names: list[str], module: nn.Module
+) -> tuple[GraphModule, dict[str, str]]:
+    graph = traced.graph
+    _inline_regions(traced)
+    for node in list(graph.nodes):
+        if node.op == "call_module" or node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    _flatten_calling_convention(graph, names)
+    _record_module_paths(graph)
+    graph.eliminate_dead_code(_is_impure)
+    return _adopt_weights(traced, module)
+
+
+def _is_impure(node: Node) -> bool:
+    return node.op in ("placeholder", "output")
+
+
+def _inline_regions(traced: GraphModule) -> None:
+    """Replace `wrap_with_*` regions by their bodies; nothing here trains or autocasts."""
+    graph = traced.graph
+    while regions := [node for node in graph.nodes if node.target in _REGION_CALLS]:
+        for node in regions:
+            start = next(
+                i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr"
+            )
+            body = traced.get_submodule(str(node.args[start].target))
+            assert isinstance(body, GraphModule)  # noqa: S101 - by the operator's contract
+            inner = dict(
+                zip(
+                    (n for n in body.graph.nodes if n.op == "placeholder"),
+                    node.args[start + 1 :],
+                    strict=True,
+                )
+            )
+            with graph.inserting_before(node):
+                results = graph.graph_copy(body.graph, inner)  # type: ignore[arg-type]
+            if isinstance(results, Node):
+                results = (results,)
+            for user in list(node.users):
+                user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+                graph.erase_node(user)
+            graph.erase_node(node)
+
+
+def _flatten_calling_convention(graph: Graph, names: list[str]) -> None:
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        node.target = node.name if node.name == name else _rename(node, name)
+        node.meta["module_path"] = ""
+
+
+def _rename(node: Node, name: str) -> str:
+    identifier = re.sub(r"\W", "_", name)
+    node._rename(identifier)
+    return node.name
+
+
+def _record_module_paths(graph: Graph) -> None:
+    """Keep the deepest module path of each node; drop the rest of the export's metadata."""
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        path = list(stack.values())[-1][0] if stack else ""
+        kept = {key: node.meta[key] for key in ("val",) if key in node.meta}
+        node.meta = {**kept, "module_path": path, "from_node": []}
+
+
+def _adopt_weights(traced: GraphModule, module: nn.Module) -> tuple[GraphModule, dict[str, str]]:
+    """Give the graph its own weight tree, in which a tied tensor is held once."""
+    first: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in _named_tensors(module):
+        key = _identity(tensor)
+        if key in first:
+            aliases[name] = first[key]
+        first.setdefault(key, name)
+    root = WeightTree()
+    nodes: dict[str, Node] = {}
+    for node in [n for n in traced.graph.nodes if n.op == "get_attr"]:
+        tensor = operator.attrgetter(str(node.target))(traced)
+        if not isinstance(tensor, Tensor):
+            continue
+        name = first.get(_identity(tensor), str(node.target))
+        if name in nodes:
+            node.replace_all_uses_with(nodes[name])
+            traced.graph.erase_node(node)
+            continue
+        nodes[name] = node
+        node.target = name
+        node.meta["module_path"] = name.rpartition(".")[0]
+        assign_weight(root, name, tensor)
+    graph_module = GraphModule(root, traced.graph, class_name="FxoptGraph")
+    graph_module.eval()
+    return graph_module, {alias: name for alias, name in aliases.items() if name in nodes}
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return (
+        tensor.untyped_storage().data_ptr() or id(tensor),
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.dtype,
+    )
+
+
+# --- dimensions -----------------------------------------------------------------------------
+
+
+def readable_dimensions(graph: Graph, preferred: dict[str, tuple[str | None, ...]]) -> dict[str, str]:
+    """Names for the symbols in a graph: those asked for, then `dim0`, `dim1`, ...
+
+    `preferred` maps an input's name to the names wanted for its axes.
+    """
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for node in graph.nodes:
+        if node.op != "placeholder" or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        wanted = preferred.get(node.name, ())
+        for axis, size in enumerate(node.meta["val"].shape):
+            symbol = str(size)
+            if isinstance(size, int) or not symbol.isidentifier() or symbol in names:
+                continue
+            name = wanted[axis] if axis < len(wanted) else None
+            if name is None or name in taken:
+                name = f"dim{len(names)}"
+            names[symbol] = name
+            taken.add(name)
+    return names
+
+
+def dimensions(value: Any, names: dict[str, str]) -> tuple[Dimension, ...]:
+    """The shape of a fake tensor with its symbols under readable names."""
+    return tuple(
+        int(size)
+        if isinstance(size, int) or str(size).isdigit()
+        else re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), str(size))
+        for size in value.shape
+    )
+
+
+def example_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies, so that neither the export nor a check writes to the user's tensors."""
+    return {name: copy.copy(tensor.detach().clone().contiguous()) for name, tensor in tensors.items()}

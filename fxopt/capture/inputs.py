@@ -1,0 +1,321 @@
+"""Example inputs for a model: those the user gave, or made up from an HF model's config."""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fxopt.capture.cache import tensors_from_cache
+from fxopt.errors import CaptureError, InputError
+from fxopt.ir.signature import default_tensor
+
+# What an optional input may mean when it is left out. Which of them holds is found by running
+# the model both ways, never assumed.
+DEFAULTS = ("ones", "zeros", "arange")
+_OPTIONAL = (
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "decoder_attention_mask",
+    "decoder_position_ids",
+)
+BATCH, SEQUENCE, PAST = "batch", "sequence", "past"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The dynamic sizes at which a model is run."""
+
+    batch: int
+    sequence: int
+    past: int = 0
+    source: int = 6  # the encoder's side of an encoder-decoder
+
+
+CAPTURE_SIZES = Sizes(batch=2, sequence=7, past=5, source=6)
+
+
+@dataclass
+class ExampleInputs:
+    """Keyword tensors for one run of a model, with names for their dimensions."""
+
+    tensors: dict[str, Tensor]
+    dimensions: dict[str, tuple[str | None, ...]] = field(
+        default_factory=dict[str, tuple[str | None, ...]]
+    )
+    past: list[Tensor] = field(default_factory=list[Tensor])
+
+
+class InputFactory:
+    """Makes random inputs of any size for an HF model, from its config and signature."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.parameters = list(inspect.signature(model.forward).parameters)
+        self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+        self.names: list[str] = []
+        self.given: dict[str, Tensor] = {}
+        self.defaults: dict[str, str] = {}
+        self.optional: list[str] = []
+        self.past_shapes: list[tuple[int, int, int, int]] = []
+        self.dtype = next(
+            (p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32
+        )
+
+    def make(self, sizes: Sizes, seed: int = 0) -> ExampleInputs:
+        """Inputs of the given sizes; optional inputs at their defaults; a random cache."""
+        generator = torch.Generator().manual_seed(seed)
+        example = ExampleInputs({})
+        for name in self.names:
+            value, dimensions = self._required(name, sizes, generator)
+            example.tensors[name], example.dimensions[name] = value, dimensions
+        past = sizes.past if self.past_shapes else 0
+        for name in self.optional:
+            value, dimensions = self.optional_input(name, sizes, past)
+            example.tensors[name], example.dimensions[name] = value, dimensions
+        for shape in self.past_shapes:
+            example.past.append(
+                torch.randn(sizes.batch, shape[1], past, shape[3], generator=generator).to(
+                    self.dtype
+                )
+            )
+        return example
+
+    def _required(
+        self, name: str, sizes: Sizes, generator: torch.Generator
+    ) -> tuple[Tensor, tuple[str | None, ...]]:
+        if name in self.given:
+            return self._resize(self.given[name], name, sizes)
+        if name.endswith("input_ids"):
+            source_side = self.encoder_decoder and not name.startswith("decoder_")
+            length = sizes.source if source_side else sizes.sequence
+            ids = self._token_ids(sizes.batch, length, generator)
+            return ids, (BATCH, "source" if source_side else SEQUENCE)
+        shape = self._dense_shape(name)
+        value = torch.randn(sizes.batch, *shape, generator=generator).to(self.dtype)
+        return value, (BATCH, *(None for _ in shape))
+
+    def _resize(
+        self, given: Tensor, name: str, sizes: Sizes
+    ) -> tuple[Tensor, tuple[str | None, ...]]:
+        """The user's example at another batch size and, for token ids, another length."""
+        resized = take_cyclic(given, 0, sizes.batch)
+        if not name.endswith("input_ids") or given.dim() != 2:
+            return resized, (BATCH, *(None for _ in given.shape[1:]))
+        source_side = self.encoder_decoder and not name.startswith("decoder_")
+        length = sizes.source if source_side else sizes.sequence
+        return take_cyclic(resized, 1, length), (BATCH, "source" if source_side else SEQUENCE)
+
+    def _token_ids(self, batch: int, length: int, generator: torch.Generator) -> Tensor:
+        vocabulary = self._vocabulary()
+        ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
+        # A padding or end token in the middle means something to some models.
+        special = {
+            int(value)
+            for config in _configs(self.model.config)
+            for key in ("pad_token_id", "eos_token_id", "bos_token_id")
+            if isinstance(value := getattr(config, key, None), int) and value >= 0
+        }
+        ordinary = next((i for i in range(vocabulary - 1, -1, -1) if i not in special), 0)
+        for value in special:
+            ids[ids == value] = ordinary
+        end = getattr(self.model.config, "eos_token_id", None)
+        if isinstance(end, int) and end < vocabulary and _pools_at_end(self.model):
+            ids[:, -1] = end
+        return ids
+
+    def _vocabulary(self) -> int:
+        sizes = [getattr(config, "vocab_size", None) for config in _configs(self.model.config)]
+        known = [size for size in sizes if isinstance(size, int) and size > 0]
+        return min(known) if known else int(self.model.get_input_embeddings().weight.shape[0])
+
+    def _dense_shape(self, name: str) -> tuple[int, ...]:
+        configs = list(_configs(self.model.config))
+
+        def find(*keys: str) -> int | None:
+            for config in configs:
+                for key in keys:
+                    value = getattr(config, key, None)
+                    if isinstance(value, list | tuple) and value:
+                        value = value[0]
+                    if isinstance(value, int) and value > 0:
+                        return value
+            return None
+
+        if name == "pixel_values":
+            size, channels = find("image_size"), find("num_channels") or 3
+            if size is not None:
+                return channels, size, size
+        if name == "input_features":
+            bands = find("num_mel_bins", "feature_size", "input_feat_per_channel")
+            frames = find("max_source_positions")
+            if bands is not None and frames is not None:
+                return bands, 2 * frames
+        if name == "input_values":
+            return (16000,)
+        raise InputError(
+            f"cannot make an example for input {name!r} of {type(self.model).__name__}: its "
+            "config does not tell the shape. Pass example_inputs={...} to fxopt."
+        )
+
+    def optional_input(
+        self, name: str, sizes: Sizes, past: int, default: str = "ones"
+    ) -> tuple[Tensor, tuple[str | None, ...]]:
+        """An optional input that says nothing beyond `default`."""
+        source_side = self.encoder_decoder and not name.startswith("decoder_")
+        length = sizes.source if source_side else sizes.sequence
+        first = 0 if source_side else past
+        whole = name.endswith("attention_mask")
+        columns = length + first if whole else length
+        axis = "source" if source_side else (f"{PAST}_{SEQUENCE}" if whole else SEQUENCE)
+        default = self.defaults.get(name, default)
+        return default_tensor(default, sizes.batch, columns, first, torch.device("cpu")), (
+            BATCH,
+            axis,
+        )
+
+    # --- discovery --------------------------------------------------------------------------
+
+    def discover(self, given: dict[str, Tensor] | None = None) -> None:
+        """Find the inputs the model needs and its optional ones, by running it.
+
+        Examples that the user gave decide which inputs there are; their optional inputs are
+        still looked for.
+
+        Raises:
+            InputError: no combination of inputs that can be made up runs.
+        """
+        if given is not None:
+            self.given = {k: v for k, v in given.items() if k not in _OPTIONAL}
+            self.names = list(self.given)
+            self._discover_optional()
+            return
+        problems: list[str] = []
+        for names in self._candidates():
+            self.names = names
+            try:
+                self.run(self.make(Sizes(2, 7)))
+                break
+            except InputError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the model says no in any way it likes
+                problems.append(f"{', '.join(names)}: {type(error).__name__}: {str(error)[:160]}")
+        else:
+            raise InputError(
+                f"{type(self.model).__name__} does not run on any inputs fxopt can make up "
+                f"({'; '.join(problems)}). Pass example_inputs={{...}}."
+            )
+        self._discover_optional()
+
+    def _candidates(self) -> Iterator[list[str]]:
+        main = self.model.main_input_name
+        first = [main]
+        if self.encoder_decoder and "decoder_input_ids" in self.parameters:
+            first.append("decoder_input_ids")
+        yield first
+        others = ("pixel_values", "input_features", "input_values", "input_ids")
+        extra = [n for n in others if n in self.parameters and n not in first]
+        for name in extra:
+            yield [*first, name]
+
+    def _discover_optional(self) -> None:
+        sizes = Sizes(2, 7)
+        reference = self.run(self.make(sizes))
+        for name in _OPTIONAL:
+            if name not in self.parameters:
+                continue
+            for default in DEFAULTS:
+                example = self.make(sizes)
+                value, _ = self.optional_input(name, sizes, 0, default)
+                example.tensors[name] = value
+                try:
+                    result = self.run(example)
+                except Exception:
+                    continue  # this default does not fit; the next may
+                if same_tensors(reference, result) and self._takes(name, example):
+                    self.optional.append(name)
+                    self.defaults[name] = default
+                    break
+
+    def _takes(self, name: str, example: ExampleInputs) -> bool:
+        """Whether the model also runs when the input says something; an all-ones mask may have
+        been skipped without a look at its shape.
+        """
+        if name.endswith("attention_mask"):
+            example.tensors[name][-1, 0] = 0
+        try:
+            self.run(example)
+        except Exception:
+            return False
+        return True
+
+    def discover_cache(self) -> str | None:
+        """Find the shapes of the key/value cache; returns why there is none, or None."""
+        if "past_key_values" not in self.parameters or "use_cache" not in self.parameters:
+            return "the model's forward takes no cache"
+        if not getattr(self.model.config.get_text_config(decoder=True), "use_cache", True):
+            return "config.use_cache is False"
+        with torch.no_grad():
+            output = self.model(**self.make(Sizes(2, 7)).tensors, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            return "the model returns no cache"
+        try:
+            tensors = tensors_from_cache(cache)
+        except CaptureError as error:
+            return str(error)
+        self.past_shapes = [tuple(tensor.shape) for tensor in tensors]
+        return None
+
+    @torch.no_grad()
+    def run(self, example: ExampleInputs) -> list[Tensor]:
+        """All tensors of the model's result, caches left out."""
+        extra = {"use_cache": False} if "use_cache" in self.parameters else {}
+        output = self.model(**example.tensors, **extra)
+        return output_tensors(output)
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    yield config
+    for key in getattr(config, "sub_configs", {}):
+        child = getattr(config, key, None)
+        if child is not None:
+            yield from _configs(child)
+
+
+def _pools_at_end(model: nn.Module) -> bool:
+    return not bool(getattr(model, "can_generate", lambda: False)())
+
+
+def output_tensors(value: Any) -> list[Tensor]:
+    """Every tensor in a model's result, in order; caches are left out."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [
+            tensor
+            for key, item in value.items()
+            if key != "past_key_values"
+            for tensor in output_tensors(item)
+        ]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in output_tensors(item)]
+    return []
+
+
+def same_tensors(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Equal up to the order of floating-point operations."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.allclose(x.float(), y.float(), rtol=1e-4, atol=1e-5)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def take_cyclic(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """The tensor at another size along one axis, its entries repeated in order."""
+    index = torch.arange(size, device=tensor.device) % max(tensor.shape[axis], 1)
+    return tensor.detach().index_select(axis, index)

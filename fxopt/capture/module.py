@@ -1,0 +1,194 @@
+"""Capture any nn.Module from example inputs: nested, positional or by keyword."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from fxopt.capture.check import Comparison, compare_outputs
+from fxopt.capture.export import dimensions, export_flat, readable_dimensions
+from fxopt.capture.inputs import take_cyclic
+from fxopt.errors import CaptureError, InputError
+from fxopt.ir.program import Program
+from fxopt.ir.signature import Signature, TensorSpec
+from fxopt.ir.structure import Structure, flatten, leaf_names, unflatten
+
+
+def capture_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """Capture a module and check the graph against it at several sizes.
+
+    Every dimension that the module itself does not fix may vary afterwards. An axis of size one
+    in the example is tried at size two first, since an export would fix it.
+
+    Raises:
+        InputError: the module does not run on the example.
+        CaptureError: it cannot be exported, or its graph differs from it.
+    """
+    return _ModuleCapture(module, args, kwargs).run()
+
+
+class _ModuleCapture:
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.module = module
+        self.leaves: list[Tensor] = []
+        self.input_structure = flatten((args, kwargs), self.leaves, "example_inputs")
+        if not self.leaves:
+            raise InputError(
+                f"example_inputs for {type(module).__name__} hold no tensor. Pass a tuple of "
+                "positional arguments or a dict of keyword arguments, as in "
+                "fxopt.optimize(model, recipe, example_inputs=(x,))."
+            )
+        self.names = _unique_names(self.input_structure)
+        self.output_structure: Structure = {}
+        self.module_forward: Callable[..., Any] = module.forward
+
+    def run(self) -> Program:
+        flat = self._enlarged()
+        graph_module, aliases = export_flat(
+            self.module,
+            lambda *tensors: self._call(self.module_forward, list(tensors)),
+            dict(zip(self.names, flat, strict=True)),
+        )
+        graph = graph_module.graph
+        symbols = readable_dimensions(graph, {name: ("batch",) for name in self.names})
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        results: Any = graph.output_node().args[0]
+        signature = Signature(
+            inputs=tuple(_spec(node.name, node, symbols) for node in placeholders),
+            outputs=tuple(
+                _spec(name, node, symbols)
+                for name, node in zip(leaf_names(self.output_structure), results, strict=True)
+            ),
+            input_structure=self.input_structure,
+            output_structure=self.output_structure,
+            parameters=tuple(inspect.signature(self.module_forward).parameters),
+        )
+        program = Program(graph_module, signature, aliases=aliases)
+        self._check(program, flat)
+        return program
+
+    def _call(self, function: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
+        args, kwargs = unflatten(self.input_structure, tensors)
+        leaves: list[Tensor] = []
+        self.output_structure = flatten(function(*args, **kwargs), leaves, "the module's result")
+        return leaves
+
+    @torch.no_grad()
+    def _eager(self, tensors: list[Tensor]) -> list[Tensor]:
+        training = {child: child.training for child in self.module.modules()}
+        self.module.eval()
+        try:
+            return self._call(self.module, [tensor.clone() for tensor in tensors])
+        finally:
+            for child, mode in training.items():
+                child.training = mode
+
+    def _enlarged(self) -> list[Tensor]:
+        for axes in ((0, 1), (0,), ()):
+            flat = [_at_least_two(tensor, axes) for tensor in self.leaves]
+            try:
+                self._eager(flat)
+            except Exception as error:
+                if not axes:
+                    raise InputError(
+                        f"{type(self.module).__name__} fails on its example_inputs "
+                        f"{_shapes(self.names, self.leaves)}: {type(error).__name__}: {error}"
+                    ) from error
+            else:
+                return flat
+        raise InputError("no example ran")  # pragma: no cover - the loop returns or raises
+
+    def _check(self, program: Program, flat: list[Tensor]) -> None:
+        done: list[Comparison] = []
+        for sizes in (None, 3, 1, 5):
+            tensors = _resized(program.graph, flat, sizes)
+            try:
+                expected = self._eager(tensors)
+            except Exception:
+                continue  # the module itself does not take these sizes
+            label = _shapes(self.names, tensors)
+            try:
+                with torch.no_grad():
+                    got = list(program.graph_module(*tensors))
+            except Exception as error:
+                raise CaptureError(
+                    f"capture check at {label}: the module runs and its graph fails with "
+                    f"{type(error).__name__}: {str(error)[:200]}. Python code of the module was "
+                    "fixed to the example's sizes or values."
+                ) from error
+            program.examples.append([tensor.clone() for tensor in tensors])
+            names = [spec.name for spec in program.signature.outputs]
+            done.append(compare_outputs(label, names, got, expected))
+        exact = sum(comparison.bit_equal for comparison in done)
+        program.notes.append(
+            f"capture checked against the model on {len(done)} runs: {exact} bit-equal, largest "
+            f"error {max(comparison.error for comparison in done):.2g} of the output's rms"
+        )
+
+
+def _spec(name: str, node: Node, symbols: dict[str, str]) -> TensorSpec:
+    value = node.meta["val"]
+    return TensorSpec(name, dimensions(value, symbols), value.dtype)
+
+
+def _unique_names(structure: Structure) -> list[str]:
+    """Argument names for the graph: `arg0`, or the keyword's own name."""
+    names: list[str] = []
+    for path in leaf_names(structure):
+        side, _, rest = path.partition(".")
+        name = rest.replace(".", "_")
+        names.append(f"arg{name}" if side == "0" else name)
+    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+
+
+def _at_least_two(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+    for axis in axes:
+        if axis < tensor.dim() and tensor.shape[axis] == 1:
+            tensor = take_cyclic(tensor, axis, 2)
+    return tensor.detach().clone().contiguous()
+
+
+def _resized(graph: Graph, flat: list[Tensor], change: int | None) -> list[Tensor]:
+    """The example with every dynamic dimension moved: to `change` more, or to one."""
+    if change is None:
+        return flat
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    sizes: dict[Any, int] = {}
+    for node, tensor in zip(placeholders, flat, strict=True):
+        for dimension, size in zip(node.meta["val"].shape, tensor.shape, strict=True):
+            if not isinstance(dimension, int) and dimension.node.expr.is_Symbol:
+                sizes[dimension.node.expr] = 1 if change == 1 else size + change
+    moved: list[Tensor] = []
+    for node, tensor in zip(placeholders, flat, strict=True):
+        for axis, dimension in enumerate(node.meta["val"].shape):
+            if not isinstance(dimension, int):
+                size = int(dimension.node.expr.subs(sizes))
+                tensor = take_cyclic(tensor, axis, size)
+        moved.append(tensor)
+    return moved
+
+
+def _shapes(names: list[str], tensors: list[Tensor]) -> str:
+    parts = (f"{name} {list(t.shape)}" for name, t in zip(names, tensors, strict=True))
+    return ", ".join(parts)
+
+
+def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as (positional, keyword) arguments.
+
+    Raises:
+        InputError: they are neither a tuple, a list, a mapping nor a tensor.
+    """
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple | list):
+        return tuple(example), {}
+    raise InputError(
+        f"example_inputs is a {type(example).__name__}; pass a tuple of positional arguments or "
+        "a dict of keyword arguments."
+    )

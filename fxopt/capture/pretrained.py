@@ -1,0 +1,317 @@
+"""Capture an HF model: inputs found by themselves, its cache included."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.exporters.utils import apply_patches
+
+from fxopt.capture.attention import IMPLEMENTATION, attention_implementation
+from fxopt.capture.cache import cache_from_tensors, tensors_from_cache
+from fxopt.capture.check import Comparison, compare_outputs
+from fxopt.capture.export import dimensions, export_flat, readable_dimensions
+from fxopt.capture.inputs import (
+    BATCH,
+    CAPTURE_SIZES,
+    PAST,
+    SEQUENCE,
+    ExampleInputs,
+    InputFactory,
+    Sizes,
+)
+from fxopt.errors import CaptureError, InputError
+from fxopt.ir.program import Program
+from fxopt.ir.signature import CacheSpec, Signature, TensorSpec
+from fxopt.ir.structure import Structure, flatten, leaf_names
+
+# With cache and without, one row and several, one token and odd lengths.
+CHECK_SIZES = (
+    Sizes(batch=3, sequence=4, past=6, source=9),
+    Sizes(batch=1, sequence=1, past=9, source=3),
+    Sizes(batch=1, sequence=13, past=0, source=5),
+    Sizes(batch=2, sequence=1, past=0, source=1),
+)
+
+
+def capture_pretrained(model: PreTrainedModel, tensors: dict[str, Tensor] | None) -> Program:
+    """Capture an HF model and check the graph against it.
+
+    The first attempt takes attention, masks and experts whole; a model that builds them by hand
+    is captured from its plain operators instead.
+
+    Raises:
+        InputError: no inputs were given and none could be made up.
+        CaptureError: the model cannot be exported, or its graph differs from it.
+    """
+    factory = InputFactory(model)
+    factory.discover(tensors)
+    no_cache = factory.discover_cache()
+    attempts = [(IMPLEMENTATION, IMPLEMENTATION), (IMPLEMENTATION, "grouped_mm")]
+    attempts += [("eager", "grouped_mm"), ("sdpa", "batched_mm")]
+    failures: list[CaptureError] = []
+    for attention, experts in attempts:
+        try:
+            program = _PretrainedCapture(model, factory, attention, experts).run()
+        except CaptureError as error:
+            failures.append(error)
+            continue
+        if no_cache is not None:
+            program.notes.append(f"captured without a cache: {no_cache}")
+        if attention != IMPLEMENTATION:
+            program.notes.append(
+                f"attention was captured as plain operators ({attention!r} implementation): the "
+                "model does not go through transformers' attention interface"
+            )
+        return program
+    raise failures[-1] from failures[0]
+
+
+class _PretrainedCapture:
+    def __init__(
+        self, model: PreTrainedModel, factory: InputFactory, attention: str, experts: str
+    ) -> None:
+        self.model = model
+        self.factory = factory
+        self.attention = attention
+        self.experts = experts
+        self.structure: Structure = {}
+        self.output_names: list[str] = []
+
+    def run(self) -> Program:
+        example = self.factory.make(CAPTURE_SIZES)
+        names = list(example.tensors)
+        past = _past_names(example.past)
+        flat = {**example.tensors, **past}
+
+        with (
+            attention_implementation(self.model, self.attention, self.experts),
+            apply_patches("dynamo"),
+        ):
+            wanted = dict(example.dimensions)
+            wanted.update(dict.fromkeys(past, (BATCH, None, PAST, None)))
+            graph_module, aliases = export_flat(
+                self.model, self._forward(names), flat, dynamic_axes(wanted)
+            )
+        signature = self._signature(graph_module, example, names, list(past))
+        program = Program(graph_module, signature, aliases=aliases)
+        self._check(program)
+        return program
+
+    def _forward(self, names: list[str]) -> Callable[..., list[Tensor]]:
+        original = self.model.forward
+
+        def forward(*flat: Tensor) -> list[Tensor]:
+            kwargs: dict[str, Any] = dict(zip(names, flat[: len(names)], strict=True))
+            return self._call(original, kwargs, list(flat[len(names) :]))
+
+        return forward
+
+    def _call(
+        self, function: Callable[..., Any], kwargs: dict[str, Any], past: list[Tensor]
+    ) -> list[Tensor]:
+        cache: Cache | None = None
+        if self.factory.past_shapes:
+            cache = cache_from_tensors(past, self.factory.encoder_decoder)
+            kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
+        elif "use_cache" in self.factory.parameters:
+            kwargs = {**kwargs, "use_cache": False}
+        output = without_caches(function(**kwargs))
+        leaves: list[Tensor] = []
+        self.structure = flatten(output, leaves, "the model's result")
+        self.output_names = leaf_names(self.structure)
+        return leaves + (tensors_from_cache(cache) if cache is not None else [])
+
+    def _signature(
+        self, graph_module: GraphModule, example: ExampleInputs, names: list[str], past: list[str]
+    ) -> Signature:
+        graph = graph_module.graph
+        wanted = dict(example.dimensions)
+        wanted.update(dict.fromkeys(past, (BATCH, None, PAST, None)))
+        symbols = readable_dimensions(graph, wanted)
+        ignored = self._drop_ignored(graph)
+        graph_module.recompile()
+        names = [name for name in names if name not in ignored]
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        inputs = tuple(
+            TensorSpec(node.name, dimensions(node.meta["val"], symbols), node.meta["val"].dtype)
+            for node in placeholders
+        )
+        self._refuse_fixed(inputs, wanted)
+        results = graph.output_node().args[0]
+        layers = len(past) // 2
+        output_names = self.output_names + [name.replace("past", "present") for name in past]
+        outputs = tuple(
+            TensorSpec(name, dimensions(node.meta["val"], symbols), node.meta["val"].dtype)
+            for name, node in zip(output_names, results, strict=True)  # type: ignore[arg-type]
+        )
+        fields = [[name, {"kind": "tensor", "index": i}] for i, name in enumerate(names)]
+        steps = [name for name in names if name.startswith("decoder_")] + past
+        return Signature(
+            inputs=inputs,
+            outputs=outputs,
+            input_structure={
+                "kind": "tuple",
+                "items": [{"kind": "tuple", "items": []}, {"kind": "dict", "items": fields}],
+            },
+            output_structure=self.structure,
+            defaults={k: v for k, v in self.factory.defaults.items() if k in names},
+            ignored=ignored,
+            parameters=tuple(self.factory.parameters),
+            cache=CacheSpec(layers) if layers else None,
+            step_inputs=tuple(steps) if self.factory.encoder_decoder else (),
+        )
+
+    def _drop_ignored(self, graph: Graph) -> tuple[str, ...]:
+        """Optional inputs that the model accepts and never reads are no inputs of the graph."""
+        unread = [
+            node
+            for node in graph.nodes
+            if node.op == "placeholder" and not node.users and node.name in self.factory.optional
+        ]
+        for node in unread:
+            graph.erase_node(node)
+        return tuple(node.name for node in unread)
+
+    def _refuse_fixed(
+        self, inputs: tuple[TensorSpec, ...], wanted: dict[str, tuple[str | None, ...]]
+    ) -> None:
+        for spec in inputs:
+            for axis, name in enumerate(wanted.get(spec.name, ())):
+                if name is not None and isinstance(spec.shape[axis], int):
+                    raise CaptureError(
+                        f"capture fixed dimension {axis} ({name}) of input {spec.name!r} to "
+                        f"{spec.shape[axis]}: the model's Python code depends on its value."
+                    )
+
+    # --- check ------------------------------------------------------------------------------
+
+    def _check(self, program: Program) -> None:
+        comparisons: list[Comparison] = []
+        for index, sizes in enumerate(CHECK_SIZES):
+            example = self.factory.make(sizes, seed=index + 1)
+            comparisons.append(self._compare(program, example, sizes, "no padding"))
+            padded = self._pad(example)
+            if padded:
+                comparisons.append(self._compare(program, example, sizes, "padded"))
+        exact = sum(comparison.bit_equal for comparison in comparisons)
+        worst = max(comparison.error for comparison in comparisons)
+        program.notes.append(
+            f"capture checked against the model on {len(comparisons)} runs: {exact} bit-equal, "
+            f"largest error {worst:.2g} of the output's rms"
+        )
+
+    def _compare(
+        self, program: Program, example: ExampleInputs, sizes: Sizes, label: str
+    ) -> Comparison:
+        description = (
+            f"batch {sizes.batch}, length {sizes.sequence}, past "
+            f"{sizes.past if example.past else 0}, {label}"
+        )
+        past = [t.clone() for t in example.past]
+        with torch.no_grad():
+            expected = self._call(self.model, dict(example.tensors), past)
+            flat = [
+                {**example.tensors, **_past_names(example.past)}[spec.name]
+                for spec in program.signature.inputs
+            ]
+            program.examples.append([tensor.clone() for tensor in flat])
+            try:
+                got = list(program.graph_module(*flat))
+            except Exception as error:
+                raise CaptureError(
+                    f"capture check at {description}: the graph fails with "
+                    f"{type(error).__name__}: {str(error)[:200]}. The model's Python code "
+                    "(a loop over the sequence, perhaps) was fixed to the example's size."
+                ) from error
+        specs = program.signature.outputs
+        kept = [self._visible(spec, t, example) for spec, t in zip(specs, expected, strict=True)]
+        return compare_outputs(
+            description,
+            [spec.name for spec in specs],
+            [_select(t, keep) for t, keep in zip(got, kept, strict=True)],
+            [_select(t, keep) for t, keep in zip(expected, kept, strict=True)],
+        )
+
+    def _visible(self, spec: TensorSpec, value: Tensor, example: ExampleInputs) -> Tensor | None:
+        """Which entries of an output belong to real tokens: [B, 1, ..., length, ..., 1].
+
+        What a model computes at a masked position that sees no key is arbitrary (zeros in one
+        attention function, an average in another) and reaches no real token.
+        """
+        masks = [t for n, t in example.tensors.items() if n.endswith("attention_mask")]
+        keep: Tensor | None = None
+        for axis in range(1, value.dim()):
+            if isinstance(spec.shape[axis], int):
+                continue
+            for mask in masks:
+                size = value.shape[axis]
+                if mask.shape[0] != value.shape[0] or mask.shape[1] < size:
+                    continue
+                view = [1] * value.dim()
+                view[0], view[axis] = mask.shape[0], size
+                here = mask[:, mask.shape[1] - size :].bool().reshape(view)
+                keep = here if keep is None else keep & here
+                break
+        return keep
+
+    def _pad(self, example: ExampleInputs) -> bool:
+        """Mask out the beginning of the last row, in place; False where nothing can be masked."""
+        done = False
+        for name, tensor in example.tensors.items():
+            if name.endswith("attention_mask") and tensor.dim() == 2 and tensor.shape[1] > 2:
+                tensor[-1, : tensor.shape[1] // 3 or 1] = 0
+                done = True
+        return done
+
+
+def dynamic_axes(wanted: dict[str, tuple[str | None, ...]]) -> dict[str, list[int]]:
+    """The axes of each input that have a name, which is to say, may vary."""
+    return {
+        name: [axis for axis, dimension in enumerate(names) if dimension is not None]
+        for name, names in wanted.items()
+    }
+
+
+def without_caches(output: Any) -> Any:
+    """A model's result with every cache taken out."""
+    if isinstance(output, dict):
+        kept = {key: value for key, value in output.items() if not isinstance(value, Cache)}
+        return type(output)(**kept) if type(output) is not dict else kept
+    if isinstance(output, list | tuple):
+        return type(output)(without_caches(v) for v in output if not isinstance(v, Cache))
+    return output
+
+
+def _past_names(past: list[Tensor]) -> dict[str, Tensor]:
+    return {f"past_{'value' if i % 2 else 'key'}_{i // 2}": t for i, t in enumerate(past)}
+
+
+def _select(value: Tensor, keep: Tensor | None) -> Tensor:
+    return value if keep is None else torch.where(keep, value, 0)
+
+
+def keyword_tensors(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    """Bind example inputs to the parameter names of the model's forward.
+
+    Raises:
+        InputError: an example is not a tensor.
+    """
+    import inspect
+
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    extra = bound.pop("kwargs", {})
+    tensors = {**bound, **extra}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"example input {name!r} is a {type(value).__name__}; HF models are captured on "
+                "tensors. Leave flags out; caches are found by themselves."
+            )
+    return tensors
+
+
+__all__ = ["SEQUENCE", "capture_pretrained", "keyword_tensors", "without_caches"]

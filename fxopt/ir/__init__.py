@@ -1,0 +1,1 @@
+"""The intermediate representation: programs, their operators, and what is legal when."""

@@ -1,0 +1,93 @@
+"""fxopt::dynamic_gated_mlp_w8a8: a gated feed-forward block on int8 weights, in one operator.
+
+    gate, up = split(dynamic_linear(x, gate_up_weight))
+    y = dynamic_linear(activation(gate) * up, down_weight)
+
+Shapes:
+    x [..., K] floating; gate_up_weight [2F, K] int8, the gate rows first, then the up rows;
+    gate_up_scale [2F] float32; gate_up_bias [2F]; down_weight [N, F] int8; down_scale [N] float32;
+    down_bias [N] -> y [..., N] like x.
+
+Both linears quantize their input per token. What lies between them stays in float32, so the result
+is rounded to the dtype of x once.
+"""
+
+import torch
+from torch import Tensor
+
+from fxopt.errors import KernelError
+from fxopt.kernels.activation import activation_function
+from fxopt.kernels.checks import check_floating, check_int8_weight
+from fxopt.kernels.linear_w8a8.reference import linear_w8a8
+from fxopt.kernels.quantize_per_token.reference import quantize_per_token
+from fxopt.kernels.registry import register_fake, register_reference
+
+__all__ = ["check_gated_mlp", "dynamic_gated_mlp_w8a8"]
+
+
+def check_gated_mlp(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    gate_up_scale: Tensor,
+    gate_up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_scale: Tensor,
+    down_bias: Tensor | None,
+) -> None:
+    """Raise a KernelError for dtypes and sizes that do not fit."""
+    if x.dim() == 0:
+        raise KernelError("dynamic_gated_mlp_w8a8 needs a tensor [..., K], got a scalar")
+    check_floating(x.dtype, "x")
+    check_int8_weight(gate_up_weight, gate_up_scale, gate_up_bias, x.size(-1))
+    if gate_up_weight.size(0) % 2 != 0:
+        raise KernelError(
+            "gate_up_weight must have the gate rows and then as many up rows, "
+            f"got {list(gate_up_weight.shape)}"
+        )
+    check_int8_weight(down_weight, down_scale, down_bias, gate_up_weight.size(0) // 2)
+
+
+@register_reference(
+    "dynamic_gated_mlp_w8a8(Tensor x, Tensor gate_up_weight, Tensor gate_up_scale, "
+    "Tensor? gate_up_bias, Tensor down_weight, Tensor down_scale, Tensor? down_bias, "
+    "str activation) -> Tensor"
+)
+def dynamic_gated_mlp_w8a8(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    gate_up_scale: Tensor,
+    gate_up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_scale: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Gated feed-forward block; see the module's equation."""
+    check_gated_mlp(
+        x, gate_up_weight, gate_up_scale, gate_up_bias, down_weight, down_scale, down_bias
+    )
+    q, scale = quantize_per_token(x)
+    gate_up = linear_w8a8(
+        q, scale, None, gate_up_weight, gate_up_scale, None, gate_up_bias, "none", torch.float32
+    )
+    gate, up = gate_up.chunk(2, -1)
+    q, scale = quantize_per_token(activation_function(activation)(gate) * up)
+    return linear_w8a8(q, scale, None, down_weight, down_scale, None, down_bias, "none", x.dtype)
+
+
+@register_fake("dynamic_gated_mlp_w8a8")
+def _(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    gate_up_scale: Tensor,
+    gate_up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_scale: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    check_gated_mlp(
+        x, gate_up_weight, gate_up_scale, gate_up_bias, down_weight, down_scale, down_bias
+    )
+    activation_function(activation)
+    return x.new_empty((*x.shape[:-1], down_weight.size(0)))

@@ -1,0 +1,34 @@
+"""fxopt::dynamic_gated_mlp_w8a8 on a GPU: the Triton kernels of its two linears."""
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.activation import activation_function
+from fxopt.kernels.dynamic_gated_mlp_w8a8.reference import check_gated_mlp
+from fxopt.kernels.linear_w8a8.triton import launch as launch_linear
+from fxopt.kernels.quantize_per_token.triton import launch as launch_quantize
+
+__all__ = ["launch"]
+
+
+def launch(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    gate_up_scale: Tensor,
+    gate_up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_scale: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Gated feed-forward block on x [..., K]; y [..., N] like x."""
+    check_gated_mlp(
+        x, gate_up_weight, gate_up_scale, gate_up_bias, down_weight, down_scale, down_bias
+    )
+    q, scale = launch_quantize(x)
+    gate_up = launch_linear(
+        q, scale, None, gate_up_weight, gate_up_scale, None, gate_up_bias, "none", torch.float32
+    )
+    gate, up = gate_up.chunk(2, -1)
+    q, scale = launch_quantize(activation_function(activation)(gate) * up)
+    return launch_linear(q, scale, None, down_weight, down_scale, None, down_bias, "none", x.dtype)

@@ -1,0 +1,77 @@
+// Symmetric int8 quantization of rows: scale = max(|x|) / 127, q = round_half_even(x / scale).
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <limits>
+
+#include "fxopt/kernels/native/buffer.h"
+#include "fxopt/kernels/native/numeric.h"
+
+namespace fxopt {
+
+// As integers, the bits of non-negative floats sort like the floats, with infinity and then NaN on
+// top: the maximum sees every non-finite value, which a float maximum would lose.
+inline float absmax_row(const float* __restrict x, int64_t n) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t bits = bits_as<int32_t>(x[i]) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return bits_as<float>(largest);
+}
+
+// Writes q[0..n) and the scale, and returns the sum of q. A row that is not finite quantizes to
+// zeros with a scale that is not finite, so that whatever is computed from it is NaN.
+inline int32_t quantize_row(const float* __restrict x, int64_t n, int8_t* __restrict q,
+                            float* scale) {
+  const float absmax = absmax_row(x, n);
+  float s = absmax / 127.0f;
+  s = s < std::numeric_limits<float>::min() ? std::numeric_limits<float>::min() : s;
+  *scale = s;
+  if (!(absmax <= std::numeric_limits<float>::max())) {
+    std::memset(q, 0, n);
+    return 0;
+  }
+  int32_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v = static_cast<int32_t>(std::rint(x[i] / s));
+    q[i] = static_cast<int8_t>(v);
+    sum += v;
+  }
+  return sum;
+}
+
+// Rows [first, last) of x (row stride ldx) into q (row stride ldq, padded with zeros to ldq).
+template <typename T>
+inline void quantize_rows(const T* x, int64_t ldx, int64_t k, int64_t first, int64_t last,
+                          int8_t* q, int64_t ldq, float* scale, int32_t* sum) {
+  Buffer<float> scratch(std::is_same_v<T, float> ? 0 : k);
+  for (int64_t m = first; m < last; ++m) {
+    const float* row;
+    if constexpr (std::is_same_v<T, float>) {
+      row = x + m * ldx;
+    } else {
+      load_row(x + m * ldx, scratch.get(), k);
+      row = scratch;
+    }
+    int8_t* q_row = q + m * ldq;
+    const int32_t total = quantize_row(row, k, q_row, scale + m);
+    std::memset(q_row + k, 0, ldq - k);
+    if (sum != nullptr) sum[m] = total;
+  }
+}
+
+// The same for all rows, on all threads where there is enough to do.
+inline void quantize_matrix(const void* x, at::ScalarType dtype, int64_t ldx, int64_t m, int64_t k,
+                            int8_t* q, int64_t ldq, float* scale, int32_t* sum) {
+  const int64_t grain = 32768 / (k + 1) + 1;
+  dispatch_floating(dtype, "x", [&](auto sample) {
+    using T = decltype(sample);
+    at::parallel_for(0, m, grain, [&](int64_t first, int64_t last) {
+      quantize_rows(static_cast<const T*>(x), ldx, k, first, last, q, ldq, scale, sum);
+    });
+  });
+}
+
+}  // namespace fxopt

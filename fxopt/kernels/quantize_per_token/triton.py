@@ -1,0 +1,76 @@
+"""fxopt::quantize_per_token in Triton: one program per token."""
+
+# Kernels are written in Triton's language, whose values and launches have no Python types.
+# pyright: basic, reportMissingParameterType=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxopt.errors import KernelError
+from fxopt.kernels.checks import check_floating
+
+__all__ = ["launch", "quantize_per_token_kernel"]
+
+MAX_BLOCK = 4096
+
+
+@triton.jit
+def quantize_per_token_kernel(x, q, scale, K, stride, BLOCK_K: tl.constexpr):
+    """One row, symmetric int8.
+
+    scale = max(max_k |x_k| / 127, tiny), q = round_half_even(x / scale)
+
+    x [M, K] with rows `stride` apart; q [M, K] int8; scale [M] float32.
+
+    The maximum is taken on the bits: for non-negative floats integers sort alike, with NaN above
+    infinity, so neither is lost. Adding and taking away 1.5 * 2**23 rounds to the nearest integer,
+    ties to even, on every backend and in the interpreter.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b_bits = tl.zeros([BLOCK_K], dtype=tl.int32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        b_x = tl.load(x + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
+        b_bits = tl.maximum(b_bits, b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    bits = tl.max(b_bits, 0)
+    finite = bits < 0x7F800000
+    absmax = bits.to(tl.float32, bitcast=True)
+    s = tl.div_rn(absmax, 127.0)
+    s = tl.where(s < 1.1754943508222875e-38, 1.1754943508222875e-38, s)
+    tl.store(scale + row, s)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        b_x = tl.load(x + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
+        b_q = (tl.div_rn(b_x, tl.zeros_like(b_x) + s) + 12582912.0) - 12582912.0
+        tl.store(q + row * K + k, tl.where(finite, b_q, 0.0).to(tl.int8), mask=k < K)
+
+
+def launch(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize x [..., K] per token: q [..., K] int8 and scale [..., 1] float32."""
+    if x.dim() == 0:
+        raise KernelError("quantize_per_token needs a tensor [..., K], got a scalar")
+    check_floating(x.dtype, "x")
+    width = x.size(-1)
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    if scale.numel() == 0:
+        return q, scale
+    rows = x.reshape(scale.numel(), width)
+    if width > 0 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    block = min(MAX_BLOCK, triton.next_power_of_2(max(width, 1)))
+    with torch.cuda.device_of(x):
+        quantize_per_token_kernel[(scale.numel(),)](
+            rows,
+            q,
+            scale,
+            width,
+            rows.stride(0),
+            BLOCK_K=block,
+            num_warps=4 if block <= 2048 else 8,
+            enable_fp_fusion=True,
+        )
+    return q, scale

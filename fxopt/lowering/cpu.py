@@ -1,0 +1,29 @@
+"""The CPU table: which kernels stand for which operators, in the order they are tried."""
+
+from fxopt.lowering.elementwise import AddLayerNorm, ApplyRope, FusedRmsNorm, GeluGate, SiluGate
+from fxopt.lowering.gated_mlp import GatedMlp
+from fxopt.lowering.quantized import (
+    DynamicLinear,
+    FuseGelu,
+    FuseRelu,
+    Int8Embedding,
+    StaticLinear,
+    WeightOnlyLinear,
+)
+from fxopt.lowering.rule import LoweringRule
+
+INTEGER: tuple[LoweringRule, ...] = (
+    DynamicLinear(),
+    StaticLinear(),
+    WeightOnlyLinear(),
+    Int8Embedding(),
+)
+EPILOGUES: tuple[LoweringRule, ...] = (FuseGelu(), FuseRelu())
+ELEMENTWISE: tuple[LoweringRule, ...] = (
+    FusedRmsNorm(),
+    AddLayerNorm(),
+    ApplyRope(),
+    SiluGate(),
+    GeluGate(),
+)
+BLOCKS: tuple[LoweringRule, ...] = (GatedMlp(),)

@@ -1,0 +1,19 @@
+"""The CUDA table: Triton kernels, reached from the same graph."""
+
+from fxopt.lowering.quantized import (
+    DynamicLinear,
+    FuseGelu,
+    FuseRelu,
+    Int8Embedding,
+    StaticLinear,
+    WeightOnlyLinear,
+)
+from fxopt.lowering.rule import LoweringRule
+
+INTEGER: tuple[LoweringRule, ...] = (
+    DynamicLinear(),
+    StaticLinear(),
+    WeightOnlyLinear(),
+    Int8Embedding(),
+)
+EPILOGUES: tuple[LoweringRule, ...] = (FuseGelu(), FuseRelu())

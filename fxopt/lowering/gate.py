@@ -1,0 +1,216 @@
+"""The speed gate: a kernel is used where it is measured to be faster than what it replaces."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from fxopt.ir.program import Program, module_path
+from fxopt.ir.runner import Runner
+from fxopt.lowering.quantized import float_weight
+from fxopt.rewrite.driver import apply_rules, erase_dead
+from fxopt.rewrite.pattern import Match
+from fxopt.rewrite.rule import Rule
+
+ops = torch.ops.fxopt
+
+# A kernel must not lose by more than the clock's own uncertainty.
+SLOWER = 1.03
+_ROUNDS = 5
+_ENOUGH_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long what came in and its kernel take, in microseconds, at each shape."""
+
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Geometric mean of after / before over the shapes."""
+        logs = [math.log(b / a) for a, b in zip(self.before, self.after, strict=True) if a > 0]
+        return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+@dataclass
+class SpeedGate:
+    """Times each distinct site once; remembers what it decided.
+
+    Attributes:
+        shapes: (batch, length) pairs at which sites are timed.
+        decisions: what was decided, by site; given ones are obeyed and nothing is timed, so that
+            a saved model runs the same kernels wherever it is loaded.
+        enabled: False takes every kernel untimed.
+    """
+
+    shapes: Sequence[tuple[int, int]]
+    decisions: dict[str, bool] = field(default_factory=dict[str, bool])
+    enabled: bool = True
+    frozen: bool = False
+    timings: dict[str, Timing] = field(default_factory=dict[str, Timing])
+    sites: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
+
+    def refuse(self, program: Program, rule: Rule, match: Match) -> str | None:
+        """Why the kernel is not used at this site, or None."""
+        if not self.enabled:
+            return None
+        mini, leaves = extract(program, match)
+        key = _key(mini, rule)
+        if key not in self.decisions:
+            if self.frozen:
+                return None
+            self.decisions[key] = self._time(program, mini, leaves, rule, key)
+        if self.decisions[key]:
+            self.sites.append((module_path(match.root), rule.name, key))
+            return None
+        timing = self.timings.get(key)
+        detail = ""
+        if timing is not None:
+            pairs = zip(timing.before, timing.after, strict=True)
+            detail = ": " + ", ".join(f"{after:.0f} us against {before:.0f} us" for before, after in pairs)
+        return f"slower than what it replaces{detail}"
+
+    def _time(
+        self, program: Program, mini: Program, leaves: list[Node], rule: Rule, key: str
+    ) -> bool:
+        after = mini.clone()
+        sites, _ = apply_rules(after, [rule], "gate")
+        if not sites:
+            return False
+        before, kernel = Runner(as_it_came(mini)), Runner(after.graph_module)
+        old: list[float] = []
+        new: list[float] = []
+        for shape in self.shapes:
+            inputs = [example_value(leaf, program, shape) for leaf in leaves]
+            try:
+                a, b = alternate(
+                    lambda i=inputs: before.forward(*i), lambda i=inputs: kernel.forward(*i)
+                )
+            except RuntimeError:
+                continue  # this shape does not fit the model (a position table is shorter, say)
+            old.append(a)
+            new.append(b)
+        self.timings[key] = Timing(tuple(old), tuple(new))
+        return self.timings[key].ratio <= SLOWER
+
+
+def extract(program: Program, match: Match) -> tuple[Program, list[Node]]:
+    """The matched part as a program of its own, and the nodes that feed it."""
+    leaves: list[Node] = []
+    order: list[Node] = []
+
+    def visit(node: Node) -> None:
+        if node in order or node in leaves:
+            return
+        if node.op != "get_attr" and node not in match.interior:
+            leaves.append(node)
+            return
+        for source in node.all_input_nodes:
+            visit(source)
+        order.append(node)
+
+    visit(match.root)
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for leaf in leaves:
+        copies[leaf] = graph.placeholder(leaf.name)
+        copies[leaf].meta = dict(leaf.meta)
+    for node in order:
+        if node.op == "get_attr":
+            copies[node] = graph.node_copy(node)
+    for node in order:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output((copies[match.root],))
+    mini = Program(GraphModule(program.graph_module, graph), program.signature, program.level)
+    return mini, leaves
+
+
+def as_it_came(mini: Program) -> GraphModule:
+    """The part before quantization: floating weights, activations not rounded."""
+    plain = mini.clone()
+    for node in list(plain.nodes(ops.dequantize.default)):
+        value = float_weight(plain, node)
+        if value is not None:
+            name = f"{node.name}_float"
+            plain.set_weight(name, value)
+            with plain.graph.inserting_before(node):
+                read = plain.graph.get_attr(name)
+            node.replace_all_uses_with(read)
+            erase_dead([node])
+            continue
+        quantized = node.args[0]
+        if isinstance(quantized, Node) and quantized.target is ops.quantize.default:
+            node.replace_all_uses_with(quantized.args[0])  # type: ignore[arg-type]
+            erase_dead([node])
+    return plain.graph_module
+
+
+def example_value(node: Node, program: Program, shape: tuple[int, int]) -> Tensor:
+    """Random values of a node's shape at a given batch size and length."""
+    value = node.meta["val"]
+    sizes = [size_at(size, program, shape) for size in value.shape]
+    if value.dtype.is_floating_point:
+        return torch.randn(sizes).to(value.dtype)
+    return torch.zeros(sizes, dtype=value.dtype)
+
+
+def size_at(size: Any, program: Program, shape: tuple[int, int]) -> int:
+    """A dimension at a given batch size and length; an empty cache."""
+    if type(size) is int:
+        return size
+    expression = size.node.expr
+    named = {"batch": shape[0], "sequence": shape[1], "source": shape[1], "past": 0}
+    known: dict[Any, int] = {}
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(placeholders, program.signature.inputs, strict=False):
+        for dimension, name in zip(node.meta["val"].shape, spec.shape, strict=False):
+            if type(dimension) is not int and dimension.node.expr.is_Symbol:
+                default = shape[1] if str(name).startswith("past_") else int(dimension.node.hint)
+                known[dimension.node.expr] = named.get(str(name), default)
+    result = expression.subs(known)
+    return int(result) if result.is_number else int(size.node.hint)
+
+
+def alternate(before: Callable[[], Any], after: Callable[[], Any]) -> tuple[float, float]:
+    """The fastest of several alternated runs of each, in microseconds."""
+    with torch.no_grad():
+        before(), after()
+        best = [math.inf, math.inf]
+        for _ in range(_ROUNDS):
+            for index, function in enumerate((before, after)):
+                best[index] = min(best[index], _seconds_per_call(function))
+    return best[0] * 1e6, best[1] * 1e6
+
+
+def _seconds_per_call(function: Callable[[], Any]) -> float:
+    calls, started = 0, time.perf_counter()
+    while True:
+        function()
+        calls += 1
+        elapsed = time.perf_counter() - started
+        if elapsed > _ENOUGH_SECONDS / _ROUNDS:
+            return elapsed / calls
+
+
+def _key(mini: Program, rule: Rule) -> str:
+    """Sites with the same operators, shapes and constants share one decision."""
+    number = {node: f"%{i}" for i, node in enumerate(mini.graph.nodes)}
+    lines = [rule.name]
+    for node in mini.graph.nodes:
+        value = node.meta.get("val")
+        shape = [s if type(s) is int else "*" for s in getattr(value, "shape", ())]
+        operands = map_arg((node.args, node.kwargs), lambda n: number[n])
+        target = node.target if node.op == "call_function" else ""
+        lines.append(f"{node.op} {target} {operands} {shape} {getattr(value, 'dtype', '')}")
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return f"{rule.name}:{digest}"

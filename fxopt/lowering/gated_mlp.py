@@ -1,0 +1,58 @@
+"""A whole gated feed-forward block as one kernel, where its parts have become int8 kernels."""
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxopt.ir.program import Program, shape_of
+from fxopt.lowering.rule import LoweringRule
+from fxopt.rewrite.builder import Builder
+from fxopt.rewrite.pattern import Match, PatternOperators, Variable
+
+ops = torch.ops.fxopt
+
+
+class GatedMlp(LoweringRule):
+    """`down(act(gate(x)) * up(x))`: what lies between never leaves the kernel."""
+
+    kernel = "dynamic_gated_mlp_w8a8"
+
+    def pattern(
+        self,
+        op: PatternOperators,
+        x: Variable,
+        weight: Variable,
+        scale: Variable,
+        bias: Variable,
+        down: Variable,
+        down_scale: Variable,
+        down_bias: Variable,
+    ) -> Any:
+        both = op.named("both", op.call(ops.dynamic_linear_w8a8, x, weight, scale, bias, "none"))
+        gate = op.slice(both, op.variable("axis"), 0, op.variable("middle"))
+        up = op.slice(both, op.variable("axis"), op.variable("middle"), op.variable("end"))
+        inner = op.named(
+            "inner", op.call(ops.gated_activation, gate, up, op.variable("activation"))
+        )
+        return op.call(ops.dynamic_linear_w8a8, inner, down, down_scale, down_bias, "none")
+
+    def check(self, program: Program, match: Match) -> str | None:
+        if len(match.both.users) != 2 or len(match.inner.users) != 1:
+            return "the gate or the product is read elsewhere too"
+        if match.end != 2 * match.middle or shape_of(match.both)[-1] != match.end:
+            return "other linears were merged with the gate"
+        return None
+
+    def rewrite(self, build: Builder, match: Match) -> Node:
+        return build.call(
+            ops.dynamic_gated_mlp_w8a8.default,
+            match.x,
+            match.weight,
+            match.scale,
+            match.bias,
+            match.down,
+            match.down_scale,
+            match.down_bias,
+            match.activation,
+        )

@@ -1,0 +1,121 @@
+"""Calibration data as flat inputs of a program: tensors, dicts, tuples, or texts."""
+
+import importlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from fxopt.analysis.calibration import Sample
+from fxopt.errors import CalibrationError
+from fxopt.ir.signature import Signature
+from fxopt.runtime.calling import bind_keywords, bind_structured, fill_defaults
+from fxopt.runtime.state import read_cache
+
+
+def calibration_samples(
+    signature: Signature,
+    calibration: Iterable[Any],
+    tokenizer: Any,
+    samples: int,
+    max_length: int,
+    batch_size: int,
+) -> list[Sample]:
+    """The first `samples` entries of the data, as the program takes them.
+
+    Raises:
+        CalibrationError: an entry cannot be used; texts came without a tokenizer.
+    """
+    texts: list[str] = []
+    ready: list[Sample] = []
+    if isinstance(calibration, str | Mapping | Tensor):
+        calibration = [calibration]
+    for entry in islice(calibration, samples):
+        if isinstance(entry, str):
+            texts.append(entry)
+        else:
+            ready.append(_sample(signature, entry))
+    if texts and tokenizer is None:
+        raise CalibrationError(
+            "calibration holds texts and no tokenizer was found for the model. Pass tokenized "
+            "inputs: calibration=[tokenizer(text, return_tensors='pt'), ...]."
+        )
+    for start in range(0, len(texts), batch_size):
+        ready.append(_tokenize(signature, tokenizer, texts[start : start + batch_size], max_length))
+    return ready
+
+
+def _tokenize(signature: Signature, tokenizer: Any, texts: list[str], max_length: int) -> Sample:
+    if getattr(tokenizer, "pad_token", None) is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    encoded = tokenizer(
+        texts, return_tensors="pt", padding=True, truncation=True, max_length=max_length
+    )
+    known = {spec.name for spec in signature.inputs}
+    return _sample(signature, {k: v for k, v in encoded.items() if k in known})
+
+
+def _sample(signature: Signature, entry: Any) -> Sample:
+    if signature.input_structure["items"][1]["items"] and isinstance(entry, Mapping):
+        return Sample(keyword_inputs(signature, entry), token_mask(entry))
+    args, kwargs = ((), entry) if isinstance(entry, Mapping) else (_as_tuple(entry), {})
+    if signature.cache is not None or signature.defaults:
+        return Sample(keyword_inputs(signature, kwargs, args))
+    return Sample(bind_structured(signature, args, kwargs))
+
+
+def _as_tuple(entry: Any) -> tuple[Any, ...]:
+    return tuple(entry) if isinstance(entry, tuple | list) else (entry,)
+
+
+def token_mask(entry: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens are real, from the entry's attention mask."""
+    mask = entry.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def keyword_inputs(
+    signature: Signature, entry: Mapping[str, Any], args: Sequence[Any] = ()
+) -> list[Tensor]:
+    """Flat inputs for keyword tensors; defaults filled in, the cache empty."""
+    bound = bind_keywords(signature, args, entry)
+    count = 2 * signature.cache.layers if signature.cache else 0
+    specs = signature.inputs[: len(signature.inputs) - count]
+    if signature.step_inputs and "decoder_input_ids" not in bound and "input_ids" in bound:
+        bound["decoder_input_ids"] = bound["input_ids"]
+    fill_defaults(signature, specs, bound, 0)
+    tensors = [bound[spec.name] for spec in specs]
+    past = []
+    if count:
+        past = read_cache(signature, None, tensors[0].shape[0], tensors[0].device)
+    signature.check(tensors + past)
+    return tensors + past
+
+
+def find_tokenizer(model: Any) -> Any:
+    """The tokenizer that lies beside the model's checkpoint, or None."""
+    from transformers import AutoTokenizer
+
+    place = getattr(getattr(model, "config", None), "name_or_path", "")
+    if not place:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def standard_texts(count: int) -> list[str]:
+    """English prose that every Python has: the language's own documentation."""
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return list(islice(_paragraphs(topics), count))
+
+
+def _paragraphs(topics: Mapping[str, str]) -> Iterator[str]:
+    for name in sorted(topics):
+        for block in topics[name].split("\n\n"):
+            text = re.sub(r"\s+", " ", block).strip()
+            if len(text) >= 200:
+                yield text

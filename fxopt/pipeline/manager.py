@@ -1,0 +1,160 @@
+"""Run passes in order on copies, check each, and roll back the one that fails."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from fxopt.analysis.calibration import Sample, collect
+from fxopt.errors import CalibrationError, ExpectationError, FxoptError, PassError
+from fxopt.ir.legality import check_program
+from fxopt.ir.program import PassRecord, Program
+from fxopt.passes.base import Context, Pass, PassResult
+from fxopt.pipeline.verify import Verifier
+
+
+class Progress(Protocol):
+    """Told what is being done; the shell draws a bar, everything else stays silent."""
+
+    def __call__(self, stage: str, detail: str = "") -> None:
+        """A stage has begun, or moved to `detail`."""
+        ...
+
+
+def silent(stage: str, detail: str = "") -> None:
+    """A progress that shows nothing."""
+    del stage, detail
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a recipe demands of a pass."""
+
+    min_sites: int | None = None
+    max_sites: int | None = None
+    max_refusals: int | None = None
+
+
+@dataclass(frozen=True)
+class Manager:
+    """Applies passes one after the other.
+
+    Attributes:
+        verifier: judges each pass.
+        samples: makes the calibration batches, for passes that need them.
+        expectations: what the recipe demands, by pass name.
+        progress: told which pass is running.
+    """
+
+    verifier: Verifier
+    samples: Callable[[], Sequence[Sample]] = field(default=lambda: ())
+    expectations: Mapping[str, Expectation] = field(default_factory=dict[str, Expectation])
+    progress: Progress = silent
+
+    def run(self, program: Program, passes: Sequence[Pass]) -> Program:
+        """The program after all passes; the one given is not changed.
+
+        Raises:
+            PassError: a pass failed, broke its promise, or did not meet its expectation. The
+                message names it; nothing of it is kept.
+        """
+        for a_pass in passes:
+            program = self.apply(program, a_pass)
+        return program
+
+    def apply(self, program: Program, a_pass: Pass) -> Program:
+        """The program after one pass, verified and recorded."""
+        self.progress(a_pass.name)
+        started = time.perf_counter()
+        working = program.clone()
+        context = Context(
+            statistics=self._statistics(program, a_pass),
+            progress=lambda detail: self.progress(a_pass.name, detail),
+        )
+        result = self._run_guarded(a_pass, working, context)
+        self._finish(a_pass, working)
+        self._check_expectation(a_pass, result)
+        verification = self.verifier.judge(a_pass, program, working, result)
+        record = PassRecord(
+            name=a_pass.name,
+            options=a_pass.options(),
+            sites=result.sites,
+            refusals=result.refusals,
+            exactness=a_pass.exactness.value,
+            verification=verification,
+            bytes_before=program.byte_count(),
+            bytes_after=working.byte_count(),
+            seconds=time.perf_counter() - started,
+            notes=result.notes,
+        )
+        working.history.append(record)
+        return working
+
+    def _run_guarded(self, a_pass: Pass, working: Program, context: Context) -> PassResult:
+        try:
+            return a_pass.run(working, context)
+        except FxoptError:
+            raise
+        except Exception as error:
+            raise PassError(
+                f"pass {a_pass.name!r} failed with {type(error).__name__}: {error}. The program "
+                "is as it was before the pass."
+            ) from error
+
+    def _finish(self, a_pass: Pass, working: Program) -> None:
+        working.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        working.remove_unused_weights()
+        if a_pass.output_level is not None:
+            working.level = max(working.level, a_pass.output_level)
+        try:
+            check_program(working, shapes=self.verifier.mode != "off")
+        except FxoptError as error:
+            raise PassError(
+                f"pass {a_pass.name!r} left an illegal program: {error} The program is as it was "
+                "before the pass."
+            ) from error
+        working.graph_module.recompile()
+
+    def _check_expectation(self, a_pass: Pass, result: PassResult) -> None:
+        sites, refusals = len(result.sites), len(result.refusals)
+        expected = self.expectations.get(a_pass.name, Expectation())
+        problem = None
+        if expected.min_sites is not None and sites < expected.min_sites:
+            problem = f"{sites} sites, at least {expected.min_sites} expected"
+        elif expected.max_sites is not None and sites > expected.max_sites:
+            problem = f"{sites} sites, at most {expected.max_sites} expected"
+        elif expected.max_refusals is not None and refusals > expected.max_refusals:
+            problem = f"{refusals} refusals, at most {expected.max_refusals} expected"
+        reasons = "; ".join(f"{r.site}: {r.reason}" for r in result.refusals[:5])
+        if problem is not None:
+            raise ExpectationError(
+                f"pass {a_pass.name!r}: {problem}. {'Refused: ' + reasons if reasons else ''}"
+            )
+        if not sites and not a_pass.may_do_nothing:
+            warnings.warn(
+                f"fxopt: pass {a_pass.name!r} changed nothing. "
+                f"{'Refused: ' + reasons if reasons else 'It found no site.'}",
+                stacklevel=4,
+            )
+
+    def _statistics(
+        self, program: Program, a_pass: Pass
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        if not a_pass.needs():
+            return {}
+        samples = self.samples()
+        if not samples:
+            raise CalibrationError(
+                f"pass {a_pass.name!r} needs calibration data and there is none. Pass "
+                "calibration=[...]: inputs like those of the model, or texts where there is a "
+                "tokenizer."
+            )
+        return collect(
+            program,
+            a_pass.observed(program),
+            samples,
+            lambda count: self.progress(a_pass.name, f"calibration batch {count}/{len(samples)}"),
+        )

@@ -1,0 +1,244 @@
+"""An optimized HF model: keyword calls, caches, and `generate` from transformers."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from fxopt.errors import InputError
+from fxopt.ir.program import Program
+from fxopt.ir.structure import unflatten
+from fxopt.runtime.calling import bind_keywords, fill_defaults
+from fxopt.runtime.optimized import OptimizedModel
+from fxopt.runtime.stages import Stages, split_stages
+from fxopt.runtime.state import new_cache, read_cache, write_cache
+
+
+class EncodedSource(ModelOutput):
+    """What an encoder-decoder computes once per text; passed back as `encoder_outputs`.
+
+    `last_hidden_state` and the `carried_<i>` entries have a row per text and are repeated for
+    beams; `shared` holds the tensors that all rows share.
+    """
+
+
+class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
+    """An optimized HF model. It takes what the model takes, and generates where it does."""
+
+    _is_stateful = False
+    base_model_prefix = ""
+
+    def __init__(
+        self,
+        program: Program,
+        lowered: Program,
+        config: PreTrainedConfig,
+        generation_config: GenerationConfig | None,
+        **kwargs: Any,
+    ) -> None:
+        self.config = config
+        self.generation_config = generation_config
+        self.stages: Stages | None = None
+        super().__init__(program, lowered, **kwargs)
+        self.main_input_name = str(self.extra.get("main_input_name", "input_ids"))
+        self.name_or_path = str(getattr(config, "name_or_path", ""))
+        if lowered.signature.step_inputs:
+            self.stages = split_stages(lowered)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program on what the model would take.
+
+        A cache passed as `past_key_values` is filled in place and returned.
+
+        Raises:
+            InputError: the inputs do not fit the captured signature.
+        """
+        bound = bind_keywords(self.signature, args, kwargs)
+        cache: Cache | None = bound.pop("past_key_values", None)
+        source: Any = bound.pop("encoder_outputs", None)
+        wants_cache = kwargs.get("use_cache")
+        if self.signature.cache is None:
+            if cache is not None:
+                raise InputError("past_key_values was passed to a program captured without cache.")
+            outputs = self._run(bound, [], source)
+        else:
+            outputs, cache = self._run_with_cache(bound, cache, source)
+        result = unflatten(self.signature.output_structure, outputs)
+        if isinstance(result, dict):
+            self._keep_last_logits(result, kwargs.get("logits_to_keep"))
+        if cache is not None and wants_cache is not False and isinstance(result, ModelOutput):
+            result["past_key_values"] = cache
+        if kwargs.get("return_dict") is False and isinstance(result, ModelOutput):
+            return result.to_tuple()
+        return result
+
+    def _run_with_cache(
+        self, bound: dict[str, Any], cache: Cache | None, source: Any
+    ) -> tuple[list[Tensor], Cache]:
+        count = 2 * self.signature.cache.layers
+        given = next((v for v in bound.values() if isinstance(v, Tensor)), None)
+        if given is None:
+            raise InputError("no input tensor was passed.")
+        steps = [spec.name for spec in self.signature.inputs if spec.name in bound]
+        rows = next((bound[n] for n in steps if n in self.signature.step_inputs), given)
+        past = read_cache(self.signature, cache, rows.shape[0], rows.device)
+        outputs = self._run(bound, past, source)
+        if cache is None:
+            cache = new_cache(bool(self.signature.step_inputs))
+        write_cache(cache, outputs[-count:])
+        return outputs[:-count], cache
+
+    def _run(self, bound: dict[str, Any], past: list[Tensor], source: Any) -> list[Tensor]:
+        length = past[0].shape[2] if past else 0
+        specs = self.signature.inputs[: len(self.signature.inputs) - len(past)]
+        if source is None:
+            fill_defaults(self.signature, specs, bound, length)
+            return self.run_flat([bound[spec.name] for spec in specs] + past)
+        return self._run_step(bound, past, source, length)
+
+    def _keep_last_logits(self, result: dict[str, Any], keep: Any) -> None:
+        if isinstance(keep, int) and keep > 0 and isinstance(result.get("logits"), Tensor):
+            result["logits"] = result["logits"][:, -keep:]
+
+    # --- encoder-decoder --------------------------------------------------------------------
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """What is computed once per text, as a module that `generate` can call."""
+        del modality
+        if self.stages is None:
+            raise InputError("the model has no encoder.")
+        return _Encoder(self)
+
+    def encode(self, **kwargs: Any) -> EncodedSource:
+        """Run the first stage: the encoder and everything else that no token changes."""
+        assert self.stages is not None  # noqa: S101 - get_encoder asked
+        bound = bind_keywords(self.signature, (), kwargs)
+        specs = [s for s in self.signature.inputs if s.name in self.stages.source_inputs]
+        fill_defaults(self.signature, specs, bound, 0)
+        with torch.no_grad():
+            values = self.stages.source(*(bound[name] for name in self.stages.source_inputs))
+        encoded = EncodedSource()
+        encoded["last_hidden_state"] = values[self.stages.hidden]
+        shared: list[Tensor] = []
+        for index, (value, expands) in enumerate(zip(values, self.stages.expands, strict=True)):
+            if not expands:
+                shared.append(value)
+            elif index != self.stages.hidden:
+                encoded[f"carried_{index}"] = value
+        encoded["shared"] = tuple(shared)
+        return encoded
+
+    def _run_step(
+        self, bound: dict[str, Any], past: list[Tensor], source: Any, length: int
+    ) -> list[Tensor]:
+        if self.stages is None or not isinstance(source, EncodedSource):
+            raise InputError(
+                f"encoder_outputs is a {type(source).__name__}; pass what model.get_encoder() "
+                "returns, which holds the decoder's cross-attention keys as well."
+            )
+        shared = iter(source["shared"])
+        carried: list[Tensor] = []
+        for index, expands in enumerate(self.stages.expands):
+            if not expands:
+                carried.append(next(shared))
+            else:
+                name = "last_hidden_state" if index == self.stages.hidden else f"carried_{index}"
+                carried.append(source[name])
+        names = set(self.stages.step_inputs)
+        specs = [s for s in self.signature.inputs[: -len(past) or None] if s.name in names]
+        fill_defaults(self.signature, specs, bound, length)
+        bound |= dict(zip((s.name for s in self.signature.inputs[-len(past) :]), past, strict=True))
+        with torch.no_grad():
+            steps = [bound[name] for name in self.stages.step_inputs]
+            return list(self.stages.step(*carried, *steps))
+
+    # --- what transformers asks of a model ---------------------------------------------------
+
+    def can_generate(self) -> bool:
+        """Whether the original model generates."""
+        return bool(self.extra.get("can_generate", False))
+
+    def is_remote_code(self) -> bool:
+        """No code of the model's own is left."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str | None]:
+        """Experts are operators of the graph."""
+        return {}
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        del args, kwargs
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic", "dynamic_full"):
+            raise InputError(
+                f"cache_implementation={implementation!r}: an optimized model keeps its own cache. "
+                "Leave it out."
+            )
+        if self.signature.cache is None or generation_config.use_cache is False:
+            if self.signature.cache is None:
+                generation_config.use_cache = False
+            return
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = new_cache(bool(self.signature.step_inputs))
+
+    def _config_dict(self) -> dict[str, Any] | None:
+        return self.config.to_dict()
+
+    def _generation_config_dict(self) -> dict[str, Any] | None:
+        return None if self.generation_config is None else self.generation_config.to_dict()
+
+
+class _Encoder(nn.Module):
+    def __init__(self, model: OptimizedPretrainedModel) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model)
+
+    def forward(self, **kwargs: Any) -> EncodedSource:
+        for flag in ("output_attentions", "output_hidden_states", "return_dict"):
+            kwargs.pop(flag, None)
+        known = {spec.name for spec in self.model.signature.inputs}
+        return self.model.encode(**{k: v for k, v in kwargs.items() if k in known})
+
+
+def pretrained_class(name: str, program: Program) -> type[OptimizedPretrainedModel]:
+    """A class whose `forward` has the model's own parameters: transformers reads them."""
+    signature = program.signature
+    accepted = [spec.name for spec in signature.inputs if not spec.name.startswith("past_")]
+    accepted += [n for n in signature.ignored if n not in accepted]
+    accepted += ["past_key_values", "use_cache", "logits_to_keep", "return_dict"]
+    if signature.step_inputs:
+        accepted.append("encoder_outputs")
+
+    def forward(self: OptimizedPretrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return OptimizedPretrainedModel.forward(self, *args, **kwargs)
+
+    forward.__doc__ = OptimizedPretrainedModel.forward.__doc__
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter("self", kind)]
+        + [inspect.Parameter(n, kind, default=None) for n in accepted]
+        + [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
+    )
+    return type(name, (OptimizedPretrainedModel,), {"forward": forward})
+
+
+def build_pretrained(
+    name: str,
+    program: Program,
+    lowered: Program,
+    config: PreTrainedConfig,
+    generation_config: GenerationConfig | None,
+    **kwargs: Any,
+) -> OptimizedPretrainedModel:
+    """An optimized HF model under its original class name, which pipelines look at."""
+    cls = pretrained_class(name, program)
+    return cls(program, lowered, config, generation_config, **kwargs)
+
+
+__all__ = ["EncodedSource", "OptimizedPretrainedModel", "build_pretrained"]

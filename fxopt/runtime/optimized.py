@@ -1,0 +1,176 @@
+"""OptimizedModel: what `fxopt.optimize` returns and `fxopt.load` brings back."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from fxopt.errors import InputError, LoweringError
+from fxopt.ir.program import Program
+from fxopt.ir.runner import Runner
+from fxopt.ir.structure import unflatten
+from fxopt.ir.text import format_program
+from fxopt.runtime.calling import bind_structured
+from fxopt.runtime.folder import write_folder
+
+
+class OptimizedModel(nn.Module):
+    """Behaves like the model that went in: same call, same result type.
+
+    Attributes:
+        program: the rewritten graph with its weights and history, before lowering.
+        lowered: the program that runs.
+        report: what each pass did and what it cost.
+        recipe: the resolved recipe, as plain data.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        lowered: Program,
+        *,
+        report: Any = None,
+        recipe: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        relower: Callable[[Program, torch.device], tuple[Program, Program]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.lowered = lowered
+        self.program = program
+        self.runner: nn.Module = Runner(lowered.graph_module)
+        self.report = report
+        self.recipe = dict(recipe or {})
+        self.extra = dict(extra or {})
+        self._relower = relower
+        self.eval()
+
+    # --- running ----------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program on what the model would take.
+
+        Raises:
+            InputError: the inputs do not fit the captured signature.
+        """
+        tensors = bind_structured(self.signature, args, kwargs)
+        return unflatten(self.signature.output_structure, self.run_flat(tensors))
+
+    def run_flat(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The graph on flat tensors; flat outputs, cache last."""
+        self.signature.check(tensors)
+        with torch.no_grad():
+            return list(self.runner(*tensors))
+
+    # --- reading ----------------------------------------------------------------------------
+
+    @property
+    def signature(self) -> Any:
+        """What the program takes and returns."""
+        return self.lowered.signature
+
+    @property
+    def graph(self) -> Graph:
+        """The rewritten graph, before lowering to kernels."""
+        return self.program.graph
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The rewritten graph as a module, before lowering to kernels."""
+        return self.program.graph_module
+
+    def print_graph(self, lowered: bool = False) -> None:
+        """Print the rewritten graph in its readable form."""
+        print(format_program(self.lowered if lowered else self.program))  # noqa: T201
+
+    def explain(self, path: str) -> str:
+        """What happened to one module of the original model, pass by pass."""
+        if self.report is None:
+            raise InputError("this model carries no report; it was not made by fxopt.optimize.")
+        return self.report.explain(path)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.lowered.weights().values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the model's results and activations."""
+        for spec in self.lowered.signature.outputs:
+            if spec.dtype.is_floating_point:
+                return spec.dtype
+        return torch.get_default_dtype()
+
+    def byte_count(self) -> int:
+        """Bytes of the weights that run."""
+        return self.lowered.byte_count()
+
+    # --- weights ----------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Weights and scales by their dotted names; tied names are all listed."""
+        del args, kwargs
+        weights = self.program.weights()
+        return weights | {
+            alias: weights[name] for alias, name in self.program.aliases.items() if name in weights
+        }
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Refused: the lowered program holds packed copies of its weights."""
+        del state_dict, strict, assign
+        raise LoweringError(
+            "an optimized model does not load another state dict: its kernels hold weights packed "
+            "for them. Load the state into the original model and optimize that."
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> "OptimizedModel":
+        """Move to a device; the program is lowered again for it.
+
+        Raises:
+            LoweringError: a dtype was asked for; convert the model before optimizing.
+        """
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype != self.dtype:
+            raise LoweringError(
+                f"the program computes in {self.dtype}; to run in {dtype}, convert the original "
+                "model with .to(dtype) and optimize it again."
+            )
+        if device is not None and device.type != self.device.type:
+            if self._relower is None:
+                raise LoweringError("this model was put together without a lowering to repeat.")
+            self.program, self.lowered = self._relower(self.program, device)
+            self.runner = Runner(self.lowered.graph_module)
+        return self
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write config, weights, graph, recipe and report to a folder that `fxopt.load` reads.
+
+        Raises:
+            SaveError: the folder holds something else, or cannot be written.
+        """
+        del kwargs
+        write_folder(
+            Path(save_directory),
+            self.program,
+            config=self._config_dict(),
+            generation_config=self._generation_config_dict(),
+            recipe=self.recipe,
+            report={} if self.report is None else self.report.to_dict(),
+            extra=self.extra,
+        )
+
+    def _config_dict(self) -> dict[str, Any] | None:
+        return None
+
+    def _generation_config_dict(self) -> dict[str, Any] | None:
+        return None
+
+    def extra_repr(self) -> str:
+        """Inputs and bytes, for print(model)."""
+        inputs = ", ".join(spec.name for spec in self.signature.inputs[:4])
+        return f"inputs=({inputs}), bytes={self.byte_count():,}"

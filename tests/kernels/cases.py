@@ -1,0 +1,43 @@
+"""Inputs that several kernel tests share."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE_IDS = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")
+
+# (leading axes, K, N): one row, batch 1, empty, tails of every block size, more rows than a block.
+LINEAR_SHAPES = [
+    ((1,), 1, 1),
+    ((3,), 5, 7),
+    ((0,), 16, 8),
+    ((2, 0), 16, 8),
+    ((1, 1), 576, 96),
+    ((4,), 64, 64),
+    ((7,), 63, 65),
+    ((2, 9), 70, 130),
+    ((13,), 130, 33),
+    ((3, 11), 257, 61),
+    ((101,), 96, 200),
+    ((450,), 1100, 67),
+    ((5,), 0, 3),
+    ((5,), 3, 0),
+]
+
+
+def int8(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def weight_of(n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """An int8 weight [n, k] whose outputs are of order one, its scales, and a bias."""
+    scale = (torch.rand(n) + 0.5) / (73.0 * max(k, 1) ** 0.5)
+    return int8(n, k), scale, torch.randn(n)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The values of x in memory where no axis is contiguous."""
+    wide = torch.empty((*x.shape, 2), dtype=x.dtype)
+    wide[..., 0] = x
+    return wide[..., 0]

@@ -1,0 +1,26 @@
+import pytest
+import torch
+
+import fxopt.kernels
+from fxopt.kernels import KERNELS, native_status
+
+
+@pytest.fixture(scope="session")
+def native() -> None:
+    """The native kernels, built; the tests of machines without a compiler end here."""
+    if not fxopt.kernels.ensure_native():
+        pytest.skip(native_status().reason)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["native", "aten"])
+def run(request: pytest.FixtureRequest):
+    """Calls an operator by name: the dispatcher with native code, or the ATen stand-in."""
+    if request.param == "native":
+        request.getfixturevalue("native")
+        return lambda name, *args: KERNELS[name].overload(*args)
+    return lambda name, *args: (KERNELS[name].aten or KERNELS[name].reference)(*args)

@@ -1,0 +1,27 @@
+import pytest
+
+from fxopt.pipeline.recipe import Recipe, presets
+
+
+@pytest.mark.parametrize("name", ["canonical", "w8a8-dynamic", "w8a8-static", "w8a16"])
+def test_presets_build(name):
+    recipe = presets()[name]
+    assert recipe.name == name
+    assert recipe.description
+    assert recipe == Recipe.resolve(name)
+    built = recipe.build()
+    assert built[0].name == "canonicalize"
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"), [("w8a8-dynamic", "token"), ("w8a8-static", "tensor"), ("w8a16", None)]
+)
+def test_quantized_presets_say_what_their_name_says(name, granularity):
+    quantize = presets()[name].build()[1]
+    options = quantize.options()
+    assert options["weights"]["dtype"] == "int8"
+    assert options["embeddings"] == {"dtype": "int8", "granularity": "channel"}
+    if granularity is None:
+        assert options["activations"] is None
+    else:
+        assert options["activations"]["granularity"] == granularity
