@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -12,7 +12,7 @@ from fxopt.pipeline.manager import silent
 
 
 @contextlib.contextmanager
-def bar(wanted: bool | Told, passes: int) -> Iterator[Told]:
+def bar(wanted: bool | Told, passes: int) -> Generator[Told]:
     """A callable to tell stages to; draws a bar when asked for and stderr is a terminal."""
     if callable(wanted):
         yield wanted

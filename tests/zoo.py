@@ -167,7 +167,7 @@ def _mixtures() -> dict[str, Callable[[], nn.Module]]:
         ),
         "deepseekv3": lambda: hf.DeepseekV3ForCausalLM(
             hf.DeepseekV3Config(
-                **GROUPED,
+                **BASE,
                 n_routed_experts=4,
                 num_experts_per_tok=2,
                 n_group=2,

@@ -73,9 +73,7 @@ def _observe(program: Program, wanted: set[str], sample: Sample, statistics: Sta
                 "the model's dtype."
             )
         known = node.name in statistics.low
-        statistics.low[node.name] = (
-            torch.minimum(statistics.low[node.name], low) if known else low
-        )
+        statistics.low[node.name] = torch.minimum(statistics.low[node.name], low) if known else low
         statistics.high[node.name] = (
             torch.maximum(statistics.high[node.name], high) if known else high
         )

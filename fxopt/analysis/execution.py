@@ -33,20 +33,18 @@ class _Promoted(_Watched):
     """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args = map_aggregate(args, _promote_argument)
-        kwargs = map_aggregate(kwargs, _promote_argument)
+        args = map_aggregate(args, promote)
+        kwargs = map_aggregate(kwargs, promote)
         return super().call_function(target, args, kwargs)
 
 
 def promote(value: Any) -> Any:
-    """A floating tensor in float64; anything else as it is."""
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _promote_argument(value: Any) -> Any:
+    """A floating tensor, or a floating dtype, in float64; anything else as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
     if isinstance(value, torch.dtype) and value.is_floating_point:
         return torch.float64
-    return promote(value)
+    return value
 
 
 @torch.no_grad()

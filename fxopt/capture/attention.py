@@ -6,7 +6,7 @@ structured mask and `fxopt::moe` instead of the small operators they are made of
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,14 +236,16 @@ def name_activation(function: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def concrete_tensors() -> Iterator[None]:
+def concrete_tensors() -> Generator[None]:
     """Leave tracing for a moment: tensors made inside are real and stay out of the graph."""
-    with disable_proxy_modes_tracing(), unset_fake_temporarily(), torch._C.DisableTorchFunction():
+    with disable_proxy_modes_tracing(), unset_fake_temporarily(), torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
         yield
 
 
 @contextlib.contextmanager
-def attention_implementation(model: nn.Module, attention: str, experts: str | None) -> Iterator[None]:
+def attention_implementation(
+    model: nn.Module, attention: str, experts: str | None
+) -> Generator[None]:
     """Switch every config in the model to an implementation, and back on leaving."""
     saved: list[tuple[Any, str, Any]] = []
     configs = {

@@ -42,7 +42,8 @@ def cache_from_tensors(tensors: list[Tensor], encoder_decoder: bool) -> Cache:
     """A cache that holds `tensors` = [key0, value0, key1, value1, ...]."""
     cache = DynamicCache()
     cache.layer_class_to_replicate = CaptureLayer
-    cache.layers = [CaptureLayer(k, v) for k, v in zip(tensors[::2], tensors[1::2], strict=True)]
+    layers: list[Any] = cache.layers
+    layers[:] = [CaptureLayer(k, v) for k, v in zip(tensors[::2], tensors[1::2], strict=True)]
     if not encoder_decoder:
         return cache
     # The cross-attention side starts empty, so that its keys are computed inside the graph; the

@@ -61,7 +61,7 @@ def compare_outputs(
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """max |a - b| / rms(b); inf where only one is finite, 0 for empty tensors."""
+    """Max |a - b| / rms(b); inf where only one is finite, 0 for empty tensors."""
     if theirs.numel() == 0:
         return 0.0
     if not theirs.is_floating_point():

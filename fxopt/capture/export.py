@@ -4,12 +4,13 @@ import contextlib
 import copy
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import CodeGen
 
 from fxopt.errors import CaptureError
 from fxopt.ir.program import WeightTree, assign_weight
@@ -75,13 +76,12 @@ def export_flat(
         raise CaptureError(_explain(error)) from error
     finally:
         module.train(training)
-    traced = exported.module(check_guards=False)
-    assert isinstance(traced, GraphModule)  # noqa: S101 - documented return type
+    traced: Any = exported.module(check_guards=False)
     return _clean(traced, list(tensors), module)
 
 
 @contextlib.contextmanager
-def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
     had_own = "forward" in module.__dict__
     own = module.__dict__.get("forward")
     module.forward = forward
@@ -95,7 +95,7 @@ def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextlib.contextmanager
-def _evaluation(module: nn.Module) -> Iterator[None]:
+def _evaluation(module: nn.Module) -> Generator[None]:
     # nn.TransformerEncoderLayer and nn.MultiheadAttention jump to one opaque fused operator in
     # eval mode, which no pass could look into.
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -115,7 +115,9 @@ def _explain(error: Exception) -> str:
     first = re.sub(r"\s+", " ", text.split("\n\n")[0])[:400]
     source = re.search(r'File "([^"]+)", line (\d+), in (\w+)(?!.*File ")', text, re.DOTALL)
     where = f" (in {source[3]}, line {source[2]})" if source else ""
-    data_dependent = "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__
+    data_dependent = (
+        "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__
+    )
     advice = (
         "The model branches on the values of a tensor. Replace the Python `if`/loop by "
         "torch.where, torch.cond or a mask, or wrap the part without the branch."
@@ -123,7 +125,8 @@ def _explain(error: Exception) -> str:
         else "Check that model(**inputs) runs, that its Python control flow does not depend on "
         "tensor values, and that it calls torch operators only."
     )
-    return f"torch.export could not capture the model{where}: {type(error).__name__}: {first}. {advice}"
+    problem = f"{type(error).__name__}: {first}"
+    return f"torch.export could not capture the model{where}: {problem}. {advice}"
 
 
 # --- cleaning -------------------------------------------------------------------------------
@@ -153,7 +156,9 @@ def _inline_regions(traced: GraphModule) -> None:
     while regions := [node for node in graph.nodes if node.target in _REGION_CALLS]:
         for node in regions:
             start = next(
-                i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr"
+                i
+                for i, arg in enumerate(node.args)
+                if isinstance(arg, Node) and arg.op == "get_attr"
             )
             body = traced.get_submodule(str(node.args[start].target))
             assert isinstance(body, GraphModule)  # noqa: S101 - by the operator's contract
@@ -175,7 +180,7 @@ def _inline_regions(traced: GraphModule) -> None:
 
 
 def _flatten_calling_convention(graph: Graph, names: list[str]) -> None:
-    graph.set_codegen(torch.fx.graph.CodeGen())
+    graph.set_codegen(CodeGen())
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
         node.target = node.name if node.name == name else _rename(node, name)
@@ -184,7 +189,7 @@ def _flatten_calling_convention(graph: Graph, names: list[str]) -> None:
 
 def _rename(node: Node, name: str) -> str:
     identifier = re.sub(r"\W", "_", name)
-    node._rename(identifier)
+    node._rename(identifier)  # pyright: ignore[reportPrivateUsage]
     return node.name
 
 
@@ -192,7 +197,11 @@ def _record_module_paths(graph: Graph) -> None:
     """Keep the deepest module path of each node; drop the rest of the export's metadata."""
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
-        path = list(stack.values())[-1][0] if stack else ""
+        path = str(list(stack.values())[-1][0]) if stack else ""
+        if not all(part.isidentifier() or part.isdigit() for part in path.split(".")):
+            path = ""  # a marker of the tracer, not a module
+        if path.startswith("_empty_nn_module_stack"):
+            path = ""
         kept = {key: node.meta[key] for key in ("val",) if key in node.meta}
         node.meta = {**kept, "module_path": path, "from_node": []}
 
@@ -244,7 +253,9 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 # --- dimensions -----------------------------------------------------------------------------
 
 
-def readable_dimensions(graph: Graph, preferred: dict[str, tuple[str | None, ...]]) -> dict[str, str]:
+def readable_dimensions(
+    graph: Graph, preferred: dict[str, tuple[str | None, ...]]
+) -> dict[str, str]:
     """Names for the symbols in a graph: those asked for, then `dim0`, `dim1`, ...
 
     `preferred` maps an input's name to the names wanted for its axes.
@@ -279,4 +290,6 @@ def dimensions(value: Any, names: dict[str, str]) -> tuple[Dimension, ...]:
 
 def example_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies, so that neither the export nor a check writes to the user's tensors."""
-    return {name: copy.copy(tensor.detach().clone().contiguous()) for name, tensor in tensors.items()}
+    return {
+        name: copy.copy(tensor.detach().clone().contiguous()) for name, tensor in tensors.items()
+    }

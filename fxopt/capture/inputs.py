@@ -61,7 +61,7 @@ class InputFactory:
         self.given: dict[str, Tensor] = {}
         self.defaults: dict[str, str] = {}
         self.optional: list[str] = []
-        self.past_shapes: list[tuple[int, int, int, int]] = []
+        self.past_shapes: list[tuple[int, ...]] = []
         self.dtype = next(
             (p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32
         )
@@ -131,28 +131,18 @@ class InputFactory:
     def _vocabulary(self) -> int:
         sizes = [getattr(config, "vocab_size", None) for config in _configs(self.model.config)]
         known = [size for size in sizes if isinstance(size, int) and size > 0]
-        return min(known) if known else int(self.model.get_input_embeddings().weight.shape[0])
+        table: Any = self.model.get_input_embeddings()
+        return min(known) if known else int(table.weight.shape[0])
 
     def _dense_shape(self, name: str) -> tuple[int, ...]:
         configs = list(_configs(self.model.config))
-
-        def find(*keys: str) -> int | None:
-            for config in configs:
-                for key in keys:
-                    value = getattr(config, key, None)
-                    if isinstance(value, list | tuple) and value:
-                        value = value[0]
-                    if isinstance(value, int) and value > 0:
-                        return value
-            return None
-
         if name == "pixel_values":
-            size, channels = find("image_size"), find("num_channels") or 3
+            size, channels = _first(configs, "image_size"), _first(configs, "num_channels") or 3
             if size is not None:
                 return channels, size, size
         if name == "input_features":
-            bands = find("num_mel_bins", "feature_size", "input_feat_per_channel")
-            frames = find("max_source_positions")
+            bands = _first(configs, "num_mel_bins", "feature_size", "input_feat_per_channel")
+            frames = _first(configs, "max_source_positions")
             if bands is not None and frames is not None:
                 return bands, 2 * frames
         if name == "input_values":
@@ -202,7 +192,7 @@ class InputFactory:
                 break
             except InputError:
                 raise
-            except Exception as error:  # noqa: BLE001 - the model says no in any way it likes
+            except Exception as error:
                 problems.append(f"{', '.join(names)}: {type(error).__name__}: {str(error)[:160]}")
         else:
             raise InputError(
@@ -242,8 +232,9 @@ class InputFactory:
                     break
 
     def _takes(self, name: str, example: ExampleInputs) -> bool:
-        """Whether the model also runs when the input says something; an all-ones mask may have
-        been skipped without a look at its shape.
+        """Whether the model also runs when the input says something.
+
+        An all-ones mask may have been skipped without a look at its shape.
         """
         if name.endswith("attention_mask"):
             example.tensors[name][-1, 0] = 0
@@ -268,7 +259,7 @@ class InputFactory:
             tensors = tensors_from_cache(cache)
         except CaptureError as error:
             return str(error)
-        self.past_shapes = [tuple(tensor.shape) for tensor in tensors]
+        self.past_shapes = [tuple(int(size) for size in tensor.shape) for tensor in tensors]
         return None
 
     @torch.no_grad()
@@ -285,6 +276,18 @@ def _configs(config: Any) -> Iterator[Any]:
         child = getattr(config, key, None)
         if child is not None:
             yield from _configs(child)
+
+
+def _first(configs: list[Any], *keys: str) -> int | None:
+    """The first positive number that any of the configs has under any of the keys."""
+    for config in configs:
+        for key in keys:
+            value = getattr(config, key, None)
+            if isinstance(value, list | tuple) and value:
+                value = value[0]
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
 
 
 def _pools_at_end(model: nn.Module) -> bool:

@@ -53,7 +53,7 @@ class _ModuleCapture:
             dict(zip(self.names, flat, strict=True)),
         )
         graph = graph_module.graph
-        symbols = readable_dimensions(graph, {name: ("batch",) for name in self.names})
+        symbols = readable_dimensions(graph, dict.fromkeys(self.names, ("batch",)))
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         results: Any = graph.output_node().args[0]
         signature = Signature(

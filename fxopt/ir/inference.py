@@ -1,7 +1,7 @@
 """What a node returns, worked out on fake tensors."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def infer(node: Node, mode: FakeTensorMode) -> Any:
 
 
 @contextlib.contextmanager
-def _no_new_guards(mode: FakeTensorMode) -> Iterator[None]:
+def _no_new_guards(mode: FakeTensorMode) -> Generator[None]:
     # Rewriting adds no facts about sizes: whatever a fake kernel asks is already known.
     env = mode.shape_env
     if env is None:

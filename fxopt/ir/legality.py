@@ -16,7 +16,16 @@ _ONLY_CAPTURED = {
     "aten::feature_dropout": "dropout does nothing at inference",
 }
 _ONLY_QUANTIZED = ("fxopt::quantize", "fxopt::dequantize", "fxopt::choose_qparams")
-_NAMESPACES = ("aten", "fxopt", "prims", "_operator", "math", "torch", "builtins", "_c10d_functional")
+_NAMESPACES = (
+    "aten",
+    "fxopt",
+    "prims",
+    "_operator",
+    "math",
+    "torch",
+    "builtins",
+    "_c10d_functional",
+)
 
 
 def check_program(program: Program, shapes: bool = True) -> None:

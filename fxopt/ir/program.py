@@ -81,14 +81,11 @@ class PassRecord:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "PassRecord":
         """The inverse of `to_dict`."""
-        return PassRecord(
-            **{
-                **data,
-                "sites": tuple(Site(**site) for site in data["sites"]),
-                "refusals": tuple(Refusal(**refusal) for refusal in data["refusals"]),
-                "notes": tuple(data["notes"]),
-            }
-        )
+        plain: dict[str, Any] = dict(data)
+        plain["sites"] = tuple(Site(**site) for site in data["sites"])
+        plain["refusals"] = tuple(Refusal(**refusal) for refusal in data["refusals"])
+        plain["notes"] = tuple(data["notes"])
+        return PassRecord(**plain)
 
 
 class WeightTree(nn.Module):
@@ -165,12 +162,9 @@ class Program:
     def clone(self) -> "Program":
         """A copy whose graph and weight table may change freely; tensors are shared."""
         graph = Graph()
-        output = graph.graph_copy(self.graph, val_map := {}, return_output_node=True)
-        assert output is not None  # noqa: S101 - a captured graph always has an output
-        value, old_output = output
-        new_output = graph.output(value)
-        new_output.meta = copy.copy(old_output.meta)
-        del val_map
+        copied: Any = graph.graph_copy(self.graph, {}, return_output_node=True)
+        value, old_output = copied
+        graph.output(value).meta = copy.copy(old_output.meta)
         root = WeightTree()
         for name, tensor in iterate_weights(self.graph_module):
             assign_weight(root, name, tensor)

@@ -5,7 +5,13 @@ from torch import Tensor
 
 from fxopt.errors import KernelError
 
-__all__ = ["check_floating", "check_int8_weight", "check_same", "compute_dtype"]
+__all__ = [
+    "check_floating",
+    "check_int8_weight",
+    "check_same",
+    "check_weight_sum",
+    "compute_dtype",
+]
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,6 +48,16 @@ def check_int8_weight(weight: Tensor, scale: Tensor, bias: Tensor | None, k: int
     if bias.numel() != n:
         raise KernelError(f"bias must have N = {n} elements, got {list(bias.shape)}")
     check_floating(bias.dtype, "bias")
+
+
+def check_weight_sum(weight_sum: Tensor | None, weight: Tensor) -> None:
+    """Raise a KernelError unless weight_sum is None or int32 [N]."""
+    n = weight.size(0)
+    if weight_sum is not None and (weight_sum.dtype != torch.int32 or weight_sum.numel() != n):
+        raise KernelError(
+            f"weight_sum must be int32 with N = {n} elements, the row sums of weight, "
+            f"got {_describe(weight_sum)}"
+        )
 
 
 def check_same(a: Tensor, b: Tensor, what: str) -> None:

@@ -24,24 +24,29 @@ class GatedMlp(LoweringRule):
         x: Variable,
         weight: Variable,
         scale: Variable,
+        sums: Variable,
         bias: Variable,
         down: Variable,
         down_scale: Variable,
+        down_sums: Variable,
         down_bias: Variable,
     ) -> Any:
-        both = op.named("both", op.call(ops.dynamic_linear_w8a8, x, weight, scale, bias, "none"))
+        linear = ops.dynamic_linear_w8a8
+        both = op.named("both", op.call(linear, x, weight, scale, sums, bias, "none"))
         gate = op.slice(both, op.variable("axis"), 0, op.variable("middle"))
         up = op.slice(both, op.variable("axis"), op.variable("middle"), op.variable("end"))
         inner = op.named(
             "inner", op.call(ops.gated_activation, gate, up, op.variable("activation"))
         )
-        return op.call(ops.dynamic_linear_w8a8, inner, down, down_scale, down_bias, "none")
+        return op.call(linear, inner, down, down_scale, down_sums, down_bias, "none")
 
     def check(self, program: Program, match: Match) -> str | None:
         if len(match.both.users) != 2 or len(match.inner.users) != 1:
             return "the gate or the product is read elsewhere too"
         if match.end != 2 * match.middle or shape_of(match.both)[-1] != match.end:
             return "other linears were merged with the gate"
+        if (match.sums is None) != (match.down_sums is None):
+            return "one product is symmetric and the other is not"
         return None
 
     def rewrite(self, build: Builder, match: Match) -> Node:
@@ -50,9 +55,11 @@ class GatedMlp(LoweringRule):
             match.x,
             match.weight,
             match.scale,
+            match.sums,
             match.bias,
             match.down,
             match.down_scale,
+            match.down_sums,
             match.down_bias,
             match.activation,
         )

@@ -1,6 +1,6 @@
 """Lower a program to a target: rules in order, each site timed, the rest run as it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,18 @@ class Lowered:
     timings: dict[str, Timing] = field(default_factory=dict[str, Timing])
     decisions: dict[str, bool] = field(default_factory=dict[str, bool])
     timed_sites: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
+    kept_floating: set[str] = field(default_factory=set[str])
     native: str = ""
+
+    def oracle(self, program: Program) -> Program:
+        """What the lowered program must compute: `program`, less the rounding the gate dropped."""
+        if not self.kept_floating:
+            return program
+        plain = program.clone()
+        apply_rules(plain, [KeepFloating(self.kept_floating)], "lower")
+        plain.remove_unused_weights()
+        plain.graph_module.recompile()
+        return plain
 
 
 def resolve_target(program: Program, target: str) -> str:
@@ -158,6 +169,9 @@ class _Timed(LoweringRule):
 class KeepFloating(LoweringRule):
     """A linear without an integer kernel runs in floating point, on the stored integers' values."""
 
+    def __init__(self, only: Set[str] | None = None) -> None:
+        self.only = only
+
     def pattern(
         self, op: PatternOperators, x: Variable, scale: Variable, zero: Variable, block: Variable
     ) -> Any:
@@ -167,6 +181,8 @@ class KeepFloating(LoweringRule):
         return op.linear(back, weight, op.variable("bias"))
 
     def check(self, program: Program, match: Match) -> str | None:
+        if self.only is not None and match.root.name not in self.only:
+            return "it has a kernel"
         return None if float_weight(program, match.weight) is not None else "no stored weight"
 
     def rewrite(self, build: Builder, match: Match) -> Node:
@@ -177,6 +193,7 @@ def _drop_leftover_quantization(lowered: Lowered) -> None:
     program = lowered.program
     sites, _ = apply_rules(program, [KeepFloating()], "lower")
     lowered.sites += sites
+    lowered.kept_floating = {site.node for site in sites}
     for node in list(program.nodes(ops.dequantize.default)):
         value = float_weight(program, node)
         if value is None:

@@ -35,20 +35,21 @@ def merge_siblings(program: Program) -> tuple[list[Site], list[MergedRows]]:
     for target in (ops.dynamic_linear_w8a8.default, ops.linear_w8a16.default):
         groups: dict[Any, list[Node]] = defaultdict(list)
         for node in program.nodes(target):
-            x, weight, scale, bias, activation = node.args
-            if activation == "none" and _mergeable(weight, scale, bias):
-                groups[x, bias is None].append(node)
+            x, *parts, activation = node.args
+            if activation == "none" and _mergeable(parts):
+                groups[x, tuple(part is None for part in parts)].append(node)
         for nodes in groups.values():
             if len(nodes) > 1:
                 sites += _merge(program, target, nodes, rows)
     return sites, rows
 
 
-def _mergeable(weight: Any, scale: Any, bias: Any) -> bool:
-    parts = [weight, scale] + ([] if bias is None else [bias])
+def _mergeable(parts: list[Any]) -> bool:
     # A weight that others read too (a tied one) must stay where it is.
     return all(
-        isinstance(part, Node) and part.op == "get_attr" and len(part.users) == 1 for part in parts
+        part is None
+        or (isinstance(part, Node) and part.op == "get_attr" and len(part.users) == 1)
+        for part in parts
     )
 
 
@@ -57,8 +58,10 @@ def _merge(
 ) -> list[Site]:
     first = nodes[0]
     build = Builder(program, first, "lower/merge_siblings")
-    x, activation = first.args[0], first.args[4]
-    stacked = [_stack(build, [node.args[i] for node in nodes], rows) for i in (1, 2, 3)]
+    x, *parts, activation = first.args
+    stacked = [
+        _stack(build, [node.args[i + 1] for node in nodes], rows) for i in range(len(parts))
+    ]
     merged = build.call(target, x, *stacked, activation)
     start = 0
     sites: list[Site] = []

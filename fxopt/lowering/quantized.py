@@ -56,31 +56,57 @@ def row_scale(build: Builder, match: Match) -> Node:
     return build.weight(f"{name}_rows", scale.reshape(-1).expand(rows).contiguous().float())
 
 
-class DynamicLinear(LoweringRule):
+class _QuantizedLinear(LoweringRule):
+    def _weight_sums(self, build: Builder, match: Match) -> Node:
+        name = str(match.weight.target)
+        sums = build.program.weight(name).sum(1, dtype=torch.int32)
+        return build.weight(f"{name}_row_sums", sums)
+
+
+class DynamicLinear(_QuantizedLinear):
     """Per-token quantization, integer product and epilogue in one kernel."""
 
     kernel = "dynamic_linear_w8a8"
     benefit = 3
 
-    def pattern(self, op: PatternOperators, x: Variable, block: Variable, bias: Variable) -> Any:
-        qparams = op.call(ops.choose_qparams, x, block, True, -127, 127)
+    def pattern(
+        self,
+        op: PatternOperators,
+        x: Variable,
+        block: Variable,
+        symmetric: Variable,
+        low: Variable,
+        bias: Variable,
+    ) -> Any:
+        qparams = op.call(ops.choose_qparams, x, block, symmetric, low, 127)
         scale = op.call(operator.getitem, qparams, 0)
-        q = op.call(ops.quantize, x, scale, None, block, INT8, -127, 127)
-        return op.linear(op.call(ops.dequantize, q, scale, None, block, ...), _weight_pattern(op), bias)
+        found: list[Any] = []
+        for zero_point in (None, op.call(operator.getitem, qparams, 1)):
+            q = op.call(ops.quantize, x, scale, zero_point, block, INT8, low, 127)
+            back = op.call(ops.dequantize, q, scale, zero_point, block, ...)
+            found.append(op.linear(back, _weight_pattern(op), bias))
+        return found
 
     def check(self, program: Program, match: Match) -> str | None:
         if list(match.block) != [1] * (len(match.block) - 1) + [-1]:
             return "the activation is not quantized per token"
+        if (match.symmetric, match.low) not in ((True, -127), (False, -128)):
+            return f"activations in [{match.low}, 127]"
         return scale_per_row(program, match)
 
     def rewrite(self, build: Builder, match: Match) -> Node:
-        scale = row_scale(build, match)
         return build.call(
-            ops.dynamic_linear_w8a8.default, match.x, match.weight, scale, match.bias, "none"
+            ops.dynamic_linear_w8a8.default,
+            match.x,
+            match.weight,
+            row_scale(build, match),
+            None if match.symmetric else self._weight_sums(build, match),
+            match.bias,
+            "none",
         )
 
 
-class StaticLinear(LoweringRule):
+class StaticLinear(_QuantizedLinear):
     """An activation quantized with known scales: integer product and epilogue in one kernel."""
 
     kernel = "linear_w8a8"
@@ -107,11 +133,7 @@ class StaticLinear(LoweringRule):
         return scale_per_row(program, match)
 
     def rewrite(self, build: Builder, match: Match) -> Node:
-        sums = None
-        if match.zero_point is not None:
-            name = str(match.weight.target)
-            values = build.program.weight(name).sum(1, dtype=torch.int32)
-            sums = build.weight(f"{name}_row_sums", values)
+        sums = None if match.zero_point is None else self._weight_sums(build, match)
         return build.call(
             ops.linear_w8a8.default,
             match.q,
@@ -135,6 +157,8 @@ class WeightOnlyLinear(LoweringRule):
         return op.linear(x, _weight_pattern(op), bias)
 
     def check(self, program: Program, match: Match) -> str | None:
+        if match.x.target is ops.dequantize.default:
+            return "the activation is quantized too"
         return scale_per_row(program, match)
 
     def rewrite(self, build: Builder, match: Match) -> Node:

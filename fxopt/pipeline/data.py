@@ -94,19 +94,6 @@ def keyword_inputs(
     return tensors + past
 
 
-def find_tokenizer(model: Any) -> Any:
-    """The tokenizer that lies beside the model's checkpoint, or None."""
-    from transformers import AutoTokenizer
-
-    place = getattr(getattr(model, "config", None), "name_or_path", "")
-    if not place:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
-
-
 def standard_texts(count: int) -> list[str]:
     """English prose that every Python has: the language's own documentation."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics

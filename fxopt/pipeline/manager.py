@@ -77,7 +77,13 @@ class Manager:
         result = self._run_guarded(a_pass, working, context)
         self._finish(a_pass, working)
         self._check_expectation(a_pass, result)
-        verification = self.verifier.judge(a_pass, program, working, result)
+
+        def repeat(twin: Program) -> Program:
+            a_pass.run(twin := twin.clone(), context)
+            self._finish(a_pass, twin)
+            return twin
+
+        verification = self.verifier.judge(a_pass, program, working, result, repeat)
         record = PassRecord(
             name=a_pass.name,
             options=a_pass.options(),
@@ -140,9 +146,7 @@ class Manager:
                 stacklevel=4,
             )
 
-    def _statistics(
-        self, program: Program, a_pass: Pass
-    ) -> Mapping[str, Mapping[str, Tensor]]:
+    def _statistics(self, program: Program, a_pass: Pass) -> Mapping[str, Mapping[str, Tensor]]:
         if not a_pass.needs():
             return {}
         samples = self.samples()

@@ -13,6 +13,7 @@ from torch import nn
 
 from fxopt.errors import InputError, LoadError, SaveError
 from fxopt.ir.program import PassRecord, Program, module_path
+from fxopt.kernels import native_status
 from fxopt.lowering import Lowered
 from fxopt.pipeline.recipe import Recipe
 from fxopt.runtime.stored_graph import versions
@@ -149,7 +150,7 @@ class Report:
         lines = [path or WHOLE_MODEL]
         for record in self.history:
             lines += _section(f"{record.name} ({record.exactness})", self._pass_lines(record, path))
-        rows = [_lowered_line(site) for site in self.lowering if _inside(site.site, path)]
+        rows = [_lowered_line(site, path) for site in self.lowering if _inside(site.site, path)]
         if self.target or rows:
             lines += _section(f"lower to {self.target or 'kernels'}", rows)
         return "\n".join(lines)
@@ -217,7 +218,8 @@ def build_report(
     config: Any = getattr(model, "config", None)
     paths = [module_path(node) for node in program.graph.nodes]
     return Report(
-        model=str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        # Of a folder the last part: a report travels, and a machine's paths should not.
+        model=Path(str(getattr(config, "_name_or_path", "") or type(model).__name__)).name,
         model_class=type(model).__name__,
         dtype=_dtype_of(model),
         recipe=recipe.to_dict(),
@@ -226,7 +228,7 @@ def build_report(
         bytes_after=program.byte_count(),
         seconds=seconds,
         target=lowered.target,
-        notes=[*program.notes, *([lowered.native] if lowered.native else [])],
+        notes=[*program.notes, *_native_notes(lowered.target)],
         lowering=_lowered_sites(lowered),
         modules=[path for path in dict.fromkeys(paths) if path],
         versions={**versions(), "python": platform.python_version()},
@@ -253,6 +255,13 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _native_notes(target: str) -> list[str]:
+    if target != "cpu":
+        return []
+    status = native_status()
+    return [] if status.loaded else [f"native CPU kernels are off: {status.reason}"]
 
 
 def _dtype_of(model: nn.Module) -> str:
@@ -293,13 +302,14 @@ def _section(title: str, found: Any) -> list[str]:
     return [f"  {title}", *(rows or ["    nothing changed here"])]
 
 
-def _lowered_line(site: LoweredSite) -> str:
+def _lowered_line(site: LoweredSite, path: str) -> str:
+    place = _name(site.site, path)
     if not site.replaced:
-        return f"{site.site}: kept as it is: {site.reason}"
+        return f"{place}kept as it is: {site.reason}"
     times = ""
     if site.microseconds_before is not None and site.microseconds_after is not None:
         times = f", {site.microseconds_before:.0f} -> {site.microseconds_after:.0f} us"
-    return f"{site.site}: {site.rule}{times}"
+    return f"{place}{site.rule}{times}"
 
 
 def dump_json(data: Any) -> str:

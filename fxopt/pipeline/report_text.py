@@ -31,7 +31,8 @@ def to_markdown(report: Report) -> str:
 
 def to_rich(report: Report) -> Any:
     """The report's heart as a table for the terminal."""
-    table = Table(title=f"fxopt: {report.model} by {report.recipe.get('name', 'custom')}")
+    recipe = report.recipe.get("name", "custom")
+    table = Table(title=f"{report.model_class} ({report.model}) by {recipe}")
     for column in ("pass", "sites", "refused", "check", "bytes", "seconds"):
         table.add_column(column, justify="left" if column in ("pass", "check") else "right")
     for record in report.history:

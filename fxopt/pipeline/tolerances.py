@@ -5,6 +5,11 @@ import torch
 # Error over rms of the output, in float64, that an EQUIVALENT pass may leave behind: rounding.
 EQUIVALENT_FLOAT64 = 1e-9
 
+# A model of at most this many bytes is judged on a float64 twin when a pass edits its weights;
+# beyond, the edits' own rounding is allowed: this many units in the last place of an output.
+TWIN_BYTES = 2_000_000_000
+ROUNDED_WEIGHTS = 64.0
+
 # In the model's own dtype a rewrite reorders roundings. It may be as noisy as the original
 # (measured against float64), with this much slack for the luck of one sample.
 NOISE_SLACK = 4.0
@@ -17,6 +22,16 @@ NOISE_FLOOR = {
     torch.float16: 8e-3,
 }
 
-# Kernels against the operators they stand for. Rounding to integers turns differences in the
-# last bit into whole steps at a few places, so the bar is decibels and not bits.
+# A kernel against its reference on the same operands. Inside a kernel that quantizes between two
+# products, a value may fall to the other side of a step.
+KERNEL_SQNR_DB = {
+    torch.float64: 60.0,
+    torch.float32: 40.0,
+    torch.bfloat16: 35.0,
+    torch.float16: 38.0,
+}
+
+# A whole lowered program against its graph: this, or what quantization was measured to cost less
+# a slack (two samples of the same noise differ by 3 dB more than one of them).
 LOWERED_SQNR_DB = 35.0
+LOWERED_SLACK_DB = 6.0

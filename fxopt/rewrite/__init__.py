@@ -1,1 +1,1 @@
-"""fxopt."""
+"""How a graph is changed: pattern, rule, builder, driver."""

@@ -124,6 +124,12 @@ def packet_of(node: Node) -> Any:
     return getattr(node.target, "overloadpacket", node.target)
 
 
+def plain_packet(value: Any) -> Any:
+    """The packet of a call without keywords (`alpha`, `rounding_mode`), else None."""
+    plain = isinstance(value, Node) and value.op == "call_function" and not value.kwargs
+    return packet_of(value) if plain else None
+
+
 def _match(pattern: Any, value: Any, bound: Bindings) -> Iterator[Bindings]:
     if isinstance(pattern, Variable):
         yield from _match_variable(pattern, value, bound)

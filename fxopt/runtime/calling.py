@@ -130,7 +130,8 @@ def fill_defaults(
         default = signature.defaults.get(spec.name)
         if default is None or device is None:
             raise InputError(
-                f"input {spec.name!r} {list(spec.shape)} {spec.dtype} is missing and has no default."
+                f"input {spec.name!r} {list(spec.shape)} {spec.dtype} is missing and has no "
+                "default."
             )
         columns = spec.shape[1]
         counted = past + sizes.get("sequence", 0)

@@ -78,6 +78,8 @@ def write_folder(
         _write_json(folder / REPORT, report, "the report")
         (folder / RECIPE).write_text(_yaml(recipe), "utf-8")
         table = write_weights(folder / WEIGHTS, program)
+        # safetensors writes a private file; the others follow the user's umask.
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
         graph = encode_graph(program, table, extra).model_dump(exclude_defaults=True)
         graph = {"format": "fxopt.program", "version": FORMAT_VERSION, **graph}
         _write_json(folder / GRAPH, graph, "the graph")

@@ -1,6 +1,7 @@
 """An optimized HF model: keyword calls, caches, and `generate` from transformers."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ from fxopt.runtime.stages import Stages, split_stages
 from fxopt.runtime.state import new_cache, read_cache, write_cache
 
 
+@dataclass
 class EncodedSource(ModelOutput):
     """What an encoder-decoder computes once per text; passed back as `encoder_outputs`.
 
-    `last_hidden_state` and the `carried_<i>` entries have a row per text and are repeated for
-    beams; `shared` holds the tensors that all rows share.
+    `last_hidden_state` and the `carried_<i>` entries, which are added by item, have a row per
+    text and are repeated for beams; `shared` holds the tensors that all rows share.
     """
+
+    last_hidden_state: Tensor | None = None
+    shared: tuple[Tensor, ...] | None = None
 
 
 class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
@@ -41,7 +46,7 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
         **kwargs: Any,
     ) -> None:
         self.config = config
-        self.generation_config = generation_config
+        self.generation_config: Any = generation_config
         self.stages: Stages | None = None
         super().__init__(program, lowered, **kwargs)
         self.main_input_name = str(self.extra.get("main_input_name", "input_ids"))
@@ -121,15 +126,15 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
         fill_defaults(self.signature, specs, bound, 0)
         with torch.no_grad():
             values = self.stages.source(*(bound[name] for name in self.stages.source_inputs))
-        encoded = EncodedSource()
-        encoded["last_hidden_state"] = values[self.stages.hidden]
+        encoded = EncodedSource(last_hidden_state=values[self.stages.hidden])
         shared: list[Tensor] = []
         for index, (value, expands) in enumerate(zip(values, self.stages.expands, strict=True)):
             if not expands:
                 shared.append(value)
             elif index != self.stages.hidden:
                 encoded[f"carried_{index}"] = value
-        encoded["shared"] = tuple(shared)
+        if shared:
+            encoded["shared"] = tuple(shared)
         return encoded
 
     def _run_step(
@@ -140,7 +145,7 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
                 f"encoder_outputs is a {type(source).__name__}; pass what model.get_encoder() "
                 "returns, which holds the decoder's cross-attention keys as well."
             )
-        shared = iter(source["shared"])
+        shared = iter(source.shared or ())
         carried: list[Tensor] = []
         for index, expands in enumerate(self.stages.expands):
             if not expands:
@@ -170,8 +175,12 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
         """Experts are operators of the graph."""
         return {}
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         del args, kwargs
         implementation = generation_config.cache_implementation
@@ -197,13 +206,15 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
 class _Encoder(nn.Module):
     def __init__(self, model: OptimizedPretrainedModel) -> None:
         super().__init__()
-        object.__setattr__(self, "model", model)
+        # Not a submodule: the model would become its own child.
+        object.__setattr__(self, "_owner", model)
 
     def forward(self, **kwargs: Any) -> EncodedSource:
         for flag in ("output_attentions", "output_hidden_states", "return_dict"):
             kwargs.pop(flag, None)
-        known = {spec.name for spec in self.model.signature.inputs}
-        return self.model.encode(**{k: v for k, v in kwargs.items() if k in known})
+        owner: Any = self._owner
+        known = {spec.name for spec in owner.signature.inputs}
+        return owner.encode(**{k: v for k, v in kwargs.items() if k in known})
 
 
 def pretrained_class(name: str, program: Program) -> type[OptimizedPretrainedModel]:

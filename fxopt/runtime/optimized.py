@@ -83,7 +83,7 @@ class OptimizedModel(nn.Module):
 
     def print_graph(self, lowered: bool = False) -> None:
         """Print the rewritten graph in its readable form."""
-        print(format_program(self.lowered if lowered else self.program))  # noqa: T201
+        print(format_program(self.lowered if lowered else self.program))
 
     def explain(self, path: str) -> str:
         """What happened to one module of the original model, pass by pass."""
@@ -134,7 +134,8 @@ class OptimizedModel(nn.Module):
         Raises:
             LoweringError: a dtype was asked for; convert the model before optimizing.
         """
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        parse: Any = torch._C._nn  # type: ignore[attr-defined]  # pyright: ignore
+        device, dtype, _, _ = parse._parse_to(*args, **kwargs)
         if dtype is not None and dtype != self.dtype:
             raise LoweringError(
                 f"the program computes in {self.dtype}; to run in {dtype}, convert the original "

@@ -6,10 +6,12 @@ layer is named; the split follows the data.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from fxopt.ir.program import Program
 from fxopt.ir.runner import Runner
@@ -81,7 +83,7 @@ def _hint(node: Node, axis: int) -> int | None:
     value = _value(node)
     if not isinstance(value, Tensor) or value.dim() <= axis:
         return None
-    size = value.shape[axis]
+    size: Any = value.shape[axis]
     return size if type(size) is int else int(size.node.hint)
 
 
@@ -146,7 +148,7 @@ def _step_graph(
         elif not isinstance(_value(node), Tensor):
             # Sizes are worked out again: beams have more rows than the encoder saw.
             sizes.copy(node)
-    results = torch.fx.node.map_arg(graph.output_node().args[0], lambda n: copies[n])
+    results = map_arg(graph.output_node().args[0], lambda n: copies[n])
     step.output(results)
     step.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     return step, tuple(names)
@@ -161,7 +163,8 @@ class _SizeSource:
         self.by_symbol: dict[str, tuple[Node, int]] = {}
         for node in available:
             value = _value(node)
-            for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            shape: Any = value.shape if isinstance(value, Tensor) else ()
+            for axis, size in enumerate(shape):
                 if type(size) is not int:
                     self.by_symbol.setdefault(str(size), (node, axis))
                     self.by_symbol.setdefault(f"#{size.node.hint}", (node, axis))
@@ -174,9 +177,7 @@ class _SizeSource:
             found = self.by_symbol.get(str(size), self.by_symbol.get(hint))
             if found is not None:
                 tensor, axis = found
-                copied = self.step.call_function(
-                    aten.sym_size.int, (self.copies[tensor], axis)
-                )
+                copied = self.step.call_function(aten.sym_size.int, (self.copies[tensor], axis))
                 copied.meta = dict(node.meta)
                 self.copies[node] = copied
         elif all(source in self.copies for source in node.all_input_nodes):

@@ -36,6 +36,21 @@ def weight_of(n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return int8(n, k), scale, torch.randn(n)
 
 
+def row_sums(weight: Tensor) -> Tensor:
+    return weight.sum(1, dtype=torch.int32)
+
+
+def dynamic_cases(x: Tensor, up, down):
+    """(operator, arguments): both dynamic operators, symmetric and asymmetric."""
+    for summed in (False, True):
+        a, b = (
+            (weight, scale, row_sums(weight) if summed else None, bias)
+            for weight, scale, bias in (up, down)
+        )
+        yield "dynamic_linear_w8a8", (x, *a, "gelu")
+        yield "dynamic_gated_mlp_w8a8", (x, *a, *b, "silu")
+
+
 def strided(x: Tensor) -> Tensor:
     """The values of x in memory where no axis is contiguous."""
     wide = torch.empty((*x.shape, 2), dtype=x.dtype)

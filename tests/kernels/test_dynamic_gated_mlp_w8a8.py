@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 
@@ -5,16 +7,24 @@ from fxopt.errors import KernelError
 from fxopt.kernels import KERNELS
 from fxopt.kernels.activation import activation_function
 from fxopt.kernels.dynamic_gated_mlp_w8a8.reference import dynamic_gated_mlp_w8a8
-from tests.kernels.cases import ACTIVATIONS, DTYPE_IDS, FLOATING, strided, weight_of
+from tests.kernels.cases import ACTIVATIONS, DTYPE_IDS, FLOATING, row_sums, strided, weight_of
 from tests.kernels.tolerances import assert_close
 
 NAME = "dynamic_gated_mlp_w8a8"
 OP = KERNELS[NAME].overload
 
 
-def block(k, f, n, *, biased=True):
-    up, down = weight_of(2 * f, k), weight_of(n, f)
-    return (*up, *down) if biased else (*up[:2], None, *down[:2], None)
+def block(k, f, n, *, biased=True, summed=(False, False)):
+    parameters = []
+    for (weight, scale, bias), has_sum in zip(
+        (weight_of(2 * f, k), weight_of(n, f)), summed, strict=True
+    ):
+        parameters += [weight, scale, row_sums(weight) if has_sum else None]
+        parameters.append(bias if biased else None)
+    return parameters
+
+
+SUMMED = pytest.mark.parametrize("summed", list(product((False, True), repeat=2)))
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=DTYPE_IDS)
@@ -31,8 +41,9 @@ def block(k, f, n, *, biased=True):
         ((4,), 6, 0, 5),
     ],
 )
-def test_agreement_with_the_reference(run, lead, k, f, n, dtype):
-    parameters = block(k, f, n)
+@SUMMED
+def test_agreement_with_the_reference(run, lead, k, f, n, dtype, summed):
+    parameters = block(k, f, n, summed=summed)
     x = torch.randn(*lead, k).to(dtype)
     expected = dynamic_gated_mlp_w8a8(x, *parameters, "silu")
     for each in (x, strided(x)):
@@ -48,18 +59,32 @@ def test_activations_without_bias(run, m, activation):
     assert_close(NAME, run(NAME, x, *parameters, activation), expected)
 
 
-def test_close_to_the_floating_block(run):
-    up, up_scale, up_bias, down, down_scale, down_bias = block(96, 128, 80)
+@SUMMED
+def test_is_the_composition_of_its_linears(run, summed):
+    up, up_scale, up_sum, up_bias, *down = parameters = block(65, 48, 30, summed=summed)
+    x = torch.randn(20, 65) + 0.3
+    both = run("dynamic_linear_w8a8", x, up, up_scale, up_sum, up_bias, "none")
+    gate, lift = both.chunk(2, -1)
+    hidden = run("gated_activation", gate, lift, "silu")
+    expected = run("dynamic_linear_w8a8", hidden, *down, "none")
+    assert_close(NAME, run(NAME, x, *parameters, "silu"), expected)
+
+
+@SUMMED
+def test_close_to_the_floating_block(run, summed):
+    parameters = block(96, 128, 80, summed=summed)
+    up, up_scale, _, up_bias, down, down_scale, _, down_bias = parameters
     x = torch.randn(50, 96)
     gate, lift = (x @ (up * up_scale[:, None]).T + up_bias).chunk(2, -1)
     hidden = activation_function("silu")(gate) * lift
     y = hidden @ (down * down_scale[:, None]).T + down_bias
-    error = run(NAME, x, up, up_scale, up_bias, down, down_scale, down_bias, "silu") - y
+    error = run(NAME, x, *parameters, "silu") - y
     assert error.square().mean() < 1e-3 * y.square().mean()
 
 
-def test_nan_stays_in_its_row(run):
-    parameters = block(24, 40, 20)
+@SUMMED
+def test_nan_stays_in_its_row(run, summed):
+    parameters = block(24, 40, 20, summed=summed)
     x = torch.randn(14, 24)
     x[3, 3] = float("nan")
     y = run(NAME, x, *parameters, "silu")
@@ -72,14 +97,20 @@ def test_refusals(run):
     x = torch.randn(2, 24)
     with pytest.raises(KernelError, match="unknown activation 'elu'; valid:"):
         run(NAME, x, *parameters, "elu")
-    odd = (parameters[0][:79], parameters[1][:79], None, *parameters[3:])
+    odd = (parameters[0][:79], parameters[1][:79], None, None, *parameters[4:])
     with pytest.raises(KernelError, match="the gate rows and then as many up rows"):
         run(NAME, x, *odd, "silu")
-    shorter = [parameters[0][:78], parameters[1][:78], None]
+    shorter = [parameters[0][:78], parameters[1][:78], None, None]
     with pytest.raises(KernelError, match="K = 39"):
-        run(NAME, x, *shorter, *parameters[3:], "silu")
+        run(NAME, x, *shorter, *parameters[4:], "silu")
+    for index in (2, 6):
+        wrong = [*parameters[:index], torch.ones(3, dtype=torch.int32), *parameters[index + 1 :]]
+        with pytest.raises(KernelError, match="weight_sum must be int32"):
+            run(NAME, x, *wrong, "silu")
 
 
 def test_opcheck(native):
-    torch.library.opcheck(OP, (torch.randn(2, 3, 24), *block(24, 40, 20), "silu"))
+    torch.library.opcheck(
+        OP, (torch.randn(2, 3, 24), *block(24, 40, 20, summed=(True, True)), "silu")
+    )
     torch.library.opcheck(OP, (torch.randn(3, 24), *block(24, 4, 2, biased=False), "gelu"))

@@ -28,6 +28,16 @@ def test_it_is_the_dequantized_table(run):
     assert torch.equal(y, weight * scale[:, None])
 
 
+@pytest.mark.parametrize("width", [1, 40])
+def test_short_types_round_half_to_even(run, width):
+    for dtype, half_ulp in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
+        scale = 1.0 + half_ulp * torch.arange(8)
+        y = run(NAME, torch.ones(8, width, dtype=torch.int8), scale, torch.arange(8), dtype)
+        units = (y.double() - 1.0) / (2 * half_ulp)
+        assert units[:, 0].tolist() == [0, 0, 1, 2, 2, 2, 3, 4]
+        assert torch.equal(units, units[:, :1].expand(8, width))
+
+
 @pytest.mark.parametrize("index", [-1, 9, 2**40])
 def test_bad_indices_raise(run, index):
     with pytest.raises(IndexError):

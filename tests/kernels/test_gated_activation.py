@@ -35,6 +35,17 @@ def test_activations_are_accurate(native, activation):
     assert (error / x.double().abs().clamp_min(1.0)).max() <= ACTIVATION_ERROR
 
 
+def test_tails_are_exact(native):
+    x = torch.tensor([-1e30, -100.0, -30.0, 30.0, 100.0, 1e30]).repeat(7)
+    y = OP(x, torch.ones_like(x), "gelu")
+    assert torch.equal(y, x.clamp_min(0.0))
+    # The sigmoid stops at exp(-80), so a trace of x remains.
+    for activation in ("silu", "gelu_tanh", "quick_gelu"):
+        z = OP(x, torch.ones_like(x), activation)
+        assert torch.equal(z[x > 0], x[x > 0])
+        assert (z[(x < 0) & (x > -1e3)].abs() < 1e-9).all()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_stays_nan(run, activation):
     gate = torch.randn(2, 40)

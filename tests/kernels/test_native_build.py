@@ -96,15 +96,26 @@ for m in (1, 3, 40):
         args = (q, torch.ones(m, 1), None, w, torch.ones(n), None, None, "none", torch.float64)
         assert torch.equal(torch.ops.fxopt.linear_w8a8(*args), (q.long() @ w.long().T).double())
         x = torch.randn(m, k)
-        for name in ("dynamic_linear_w8a8", "linear_w8a16"):
+        scale = torch.rand(n) / 73 / k**0.5
+        for name, args in (
+            ("dynamic_linear_w8a8", (x, w, scale, None, None, "gelu")),
+            ("dynamic_linear_w8a8", (x, w, scale, w.sum(1, dtype=torch.int32), None, "gelu")),
+            ("linear_w8a16", (x, w, scale, None, "gelu")),
+        ):
             kernel = kernels.KERNELS[name]
-            args = (x, w, torch.rand(n) / 73 / k**0.5, None, "gelu")
             torch.testing.assert_close(
                 kernel.overload(*args), kernel.reference(*args), rtol=2e-5, atol=2e-5)
         for dtype in (torch.bfloat16, torch.float16):
             q, scale = torch.ops.fxopt.quantize_per_token(x.to(dtype))
             expected = kernels.KERNELS["quantize_per_token"].reference(x.to(dtype))
             assert torch.equal(q, expected[0]) and torch.equal(scale, expected[1])
+for dtype in (torch.float32, torch.bfloat16):
+    q, k = torch.randn(1, 6, 5, 33).to(dtype), torch.randn(1, 2, 70, 33).to(dtype)
+    args = (q, k, k, None, None, None, 0.2, True, 9, 5.0)
+    kernel = kernels.KERNELS["fused_attention"]
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(
+        kernel.overload(*args), kernel.reference(*args), rtol=close, atol=close)
 print("same")
 """
 

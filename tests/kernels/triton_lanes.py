@@ -24,12 +24,16 @@ from fxopt.kernels.dynamic_gated_mlp_w8a8.triton import launch as launch_gated_m
 from fxopt.kernels.dynamic_linear_w8a8.triton import launch as launch_dynamic_linear
 from fxopt.kernels.linear_w8a8.triton import CONFIGS, GROUP_M, ODD_CONFIG, linear_w8a8_kernel
 from fxopt.kernels.linear_w8a8.triton import launch as launch_linear
-from fxopt.kernels.quantize_per_token.triton import launch as launch_quantize
-from fxopt.kernels.quantize_per_token.triton import quantize_per_token_kernel
-from tests.kernels.cases import FLOATING, int8, strided, weight_of
+from fxopt.kernels.quantize_per_token.reference import quantize_rows
+from fxopt.kernels.quantize_per_token.triton import launch_rows, quantize_per_token_kernel
+from tests.kernels.cases import FLOATING, dynamic_cases, int8, strided, weight_of
 from tests.kernels.tolerances import assert_close
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (33, 70, 45), (17, 64, 130), (127, 576, 40), (2, 4100, 3)]
+LAUNCHES = {
+    "dynamic_linear_w8a8": launch_dynamic_linear,
+    "dynamic_gated_mlp_w8a8": launch_gated_mlp,
+}
 TARGETS = [
     GPUTarget("cuda", 80, 32),
     GPUTarget("cuda", 90, 32),
@@ -64,9 +68,13 @@ def interpreter() -> int:
 
 
 def check_quantize(x: torch.Tensor) -> int:
-    expected = KERNELS["quantize_per_token"].reference(x)
-    for actual, wanted in zip(launch_quantize(x), expected, strict=True):
-        assert torch.equal(actual.nan_to_num(-1.0), wanted.nan_to_num(-1.0)), x.shape
+    for asymmetric in (False, True):
+        expected = quantize_rows(x, asymmetric)
+        for actual, wanted in zip(launch_rows(x, asymmetric), expected, strict=True):
+            if actual is None or wanted is None:
+                assert actual is wanted
+                continue
+            assert torch.equal(actual.nan_to_num(-1.0), wanted.nan_to_num(-1.0)), x.shape
     return 1
 
 
@@ -90,22 +98,21 @@ def check_linear(m, k, n, dtype, activation, *, static=False, zero_point=False) 
 
 
 def check_compositions() -> int:
-    up, down = weight_of(80, 24), weight_of(20, 40)
     x = torch.randn(2, 3, 24).bfloat16()
-    for name, launch, args in (
-        ("dynamic_linear_w8a8", launch_dynamic_linear, (x, *up, "relu")),
-        ("dynamic_gated_mlp_w8a8", launch_gated_mlp, (x, *up, *down, "silu")),
-    ):
+    cases = list(dynamic_cases(x, weight_of(80, 24), weight_of(20, 40)))
+    for name, args in cases:
+        launch = LAUNCHES[name]
         assert_close(name, launch(*args), KERNELS[name].reference(*args))
-    return 2
+    return len(cases)
 
 
 def compile_only() -> int:
     count = 0
     for target in TARGETS:
         for dtype in ("fp32", "bf16", "fp16"):
-            compile_quantize(target, dtype)
-            count += 1
+            for asymmetric in (False, True):
+                compile_quantize(target, dtype, asymmetric=asymmetric)
+                count += 1
         for config in CONFIGS:
             compile_linear(target, config, aligned=True)
             count += 1
@@ -114,12 +121,14 @@ def compile_only() -> int:
     return count
 
 
-def compile_quantize(target: GPUTarget, dtype: str) -> None:
+def compile_quantize(target: GPUTarget, dtype: str, *, asymmetric: bool) -> None:
     signature = {
-        "x": f"*{dtype}", "q": "*i8", "scale": "*fp32", "K": "i32", "stride": "i64",
-        "BLOCK_K": "constexpr",
+        "x": f"*{dtype}", "q": "*i8", "scale": "*fp32", "zero_point": "*i32", "K": "i32",
+        "stride": "i64", "ASYMMETRIC": "constexpr", "BLOCK_K": "constexpr",
     }  # fmt: skip
-    source = ASTSource(quantize_per_token_kernel, signature, constexprs={"BLOCK_K": 1024})
+    source = ASTSource(
+        quantize_per_token_kernel, signature, constexprs={"ASYMMETRIC": asymmetric, "BLOCK_K": 1024}
+    )
     check_compiled(source, target, num_warps=4, num_stages=3)
 
 

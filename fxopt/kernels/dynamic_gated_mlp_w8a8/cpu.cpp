@@ -48,36 +48,40 @@ void gate_up(const QuantizedRows& a, const Int8Weight& weight, Activation activa
 
 at::Tensor dynamic_gated_mlp_w8a8(const at::Tensor& x, const at::Tensor& gate_up_weight,
                                   const at::Tensor& gate_up_scale,
+                                  const std::optional<at::Tensor>& gate_up_sum,
                                   const std::optional<at::Tensor>& gate_up_bias,
                                   const at::Tensor& down_weight, const at::Tensor& down_scale,
+                                  const std::optional<at::Tensor>& down_sum,
                                   const std::optional<at::Tensor>& down_bias,
                                   c10::string_view activation) {
   const Activation act = parse_activation(activation);
   FXOPT_CHECK(x.dim() >= 1, "dynamic_gated_mlp_w8a8 needs a tensor [..., K], got a scalar");
   check_floating(x.scalar_type(), "x");
   check_weight(gate_up_weight, gate_up_scale, gate_up_bias, x.size(-1));
+  check_weight_sum(gate_up_sum, gate_up_weight);
   FXOPT_CHECK(gate_up_weight.size(0) % 2 == 0,
               "gate_up_weight must have the gate rows and then as many up rows, got ",
               gate_up_weight.sizes());
   const int64_t f = gate_up_weight.size(0) / 2;
   check_weight(down_weight, down_scale, down_bias, f);
+  check_weight_sum(down_sum, down_weight);
   const int64_t n = down_weight.size(0);
   const at::ScalarType dtype = x.scalar_type();
   at::Tensor y = empty_like_rows(x, n, dtype);
   if (y.numel() == 0) return y;
   const Matrix rows = as_matrix(x);
   const int64_t total = y.numel() / n;
-  const WeightView up_parts(gate_up_weight, gate_up_scale, std::nullopt, gate_up_bias);
-  const WeightView down_parts(down_weight, down_scale, std::nullopt, down_bias);
+  const WeightView up_parts(gate_up_weight, gate_up_scale, gate_up_sum, gate_up_bias);
+  const WeightView down_parts(down_weight, down_scale, down_sum, down_bias);
   const int64_t chunk = std::min(kChunk, total);
   Buffer<float> hidden(chunk * f);
   for (int64_t first = 0; first < total; first += chunk) {
     const int64_t m = std::min(chunk, total - first);
-    TokenQuantized input(m, rows.k);
+    TokenQuantized input(m, rows.k, gate_up_sum.has_value());
     const auto* from = static_cast<const char*>(rows.data) + first * rows.ld * x.element_size();
     input.quantize(from, dtype, rows.ld);
     gate_up(input.rows(), up_parts.view(), act, hidden);
-    TokenQuantized middle(m, f);
+    TokenQuantized middle(m, f, down_sum.has_value());
     middle.quantize(hidden, at::kFloat, f);
     auto* to = static_cast<char*>(y.mutable_data_ptr()) + first * n * x.element_size();
     linear_rows(middle.rows(), down_parts.view(), Activation::none, {to, n, dtype});

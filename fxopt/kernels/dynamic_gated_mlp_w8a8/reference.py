@@ -5,11 +5,12 @@
 
 Shapes:
     x [..., K] floating; gate_up_weight [2F, K] int8, the gate rows first, then the up rows;
-    gate_up_scale [2F] float32; gate_up_bias [2F]; down_weight [N, F] int8; down_scale [N] float32;
-    down_bias [N] -> y [..., N] like x.
+    gate_up_scale [2F] float32; gate_up_sum [2F] int32 or None; gate_up_bias [2F];
+    down_weight [N, F] int8; down_scale [N] float32; down_sum [N] int32 or None; down_bias [N]
+    -> y [..., N] like x.
 
-Both linears quantize their input per token. What lies between them stays in float32, so the result
-is rounded to the dtype of x once.
+Both linears quantize their input per token, asymmetrically where the sum of their weight is given.
+What lies between them stays in float32, so the result is rounded to the dtype of x once.
 """
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from fxopt.errors import KernelError
 from fxopt.kernels.activation import activation_function
-from fxopt.kernels.checks import check_floating, check_int8_weight
+from fxopt.kernels.checks import check_floating, check_int8_weight, check_weight_sum
 from fxopt.kernels.linear_w8a8.reference import linear_w8a8
-from fxopt.kernels.quantize_per_token.reference import quantize_per_token
+from fxopt.kernels.quantize_per_token.reference import quantize_rows
 from fxopt.kernels.registry import register_fake, register_reference
 
 __all__ = ["check_gated_mlp", "dynamic_gated_mlp_w8a8"]
@@ -29,9 +30,11 @@ def check_gated_mlp(
     x: Tensor,
     gate_up_weight: Tensor,
     gate_up_scale: Tensor,
+    gate_up_sum: Tensor | None,
     gate_up_bias: Tensor | None,
     down_weight: Tensor,
     down_scale: Tensor,
+    down_sum: Tensor | None,
     down_bias: Tensor | None,
 ) -> None:
     """Raise a KernelError for dtypes and sizes that do not fit."""
@@ -39,40 +42,63 @@ def check_gated_mlp(
         raise KernelError("dynamic_gated_mlp_w8a8 needs a tensor [..., K], got a scalar")
     check_floating(x.dtype, "x")
     check_int8_weight(gate_up_weight, gate_up_scale, gate_up_bias, x.size(-1))
+    check_weight_sum(gate_up_sum, gate_up_weight)
     if gate_up_weight.size(0) % 2 != 0:
         raise KernelError(
             "gate_up_weight must have the gate rows and then as many up rows, "
             f"got {list(gate_up_weight.shape)}"
         )
     check_int8_weight(down_weight, down_scale, down_bias, gate_up_weight.size(0) // 2)
+    check_weight_sum(down_sum, down_weight)
 
 
 @register_reference(
     "dynamic_gated_mlp_w8a8(Tensor x, Tensor gate_up_weight, Tensor gate_up_scale, "
-    "Tensor? gate_up_bias, Tensor down_weight, Tensor down_scale, Tensor? down_bias, "
-    "str activation) -> Tensor"
+    "Tensor? gate_up_sum, Tensor? gate_up_bias, Tensor down_weight, Tensor down_scale, "
+    "Tensor? down_sum, Tensor? down_bias, str activation) -> Tensor"
 )
 def dynamic_gated_mlp_w8a8(
     x: Tensor,
     gate_up_weight: Tensor,
     gate_up_scale: Tensor,
+    gate_up_sum: Tensor | None,
     gate_up_bias: Tensor | None,
     down_weight: Tensor,
     down_scale: Tensor,
+    down_sum: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
     """Gated feed-forward block; see the module's equation."""
     check_gated_mlp(
-        x, gate_up_weight, gate_up_scale, gate_up_bias, down_weight, down_scale, down_bias
+        x,
+        gate_up_weight,
+        gate_up_scale,
+        gate_up_sum,
+        gate_up_bias,
+        down_weight,
+        down_scale,
+        down_sum,
+        down_bias,
     )
-    q, scale = quantize_per_token(x)
+    q, scale, zero_point = quantize_rows(x, gate_up_sum is not None)
     gate_up = linear_w8a8(
-        q, scale, None, gate_up_weight, gate_up_scale, None, gate_up_bias, "none", torch.float32
+        q,
+        scale,
+        zero_point,
+        gate_up_weight,
+        gate_up_scale,
+        gate_up_sum,
+        gate_up_bias,
+        "none",
+        torch.float32,
     )
     gate, up = gate_up.chunk(2, -1)
-    q, scale = quantize_per_token(activation_function(activation)(gate) * up)
-    return linear_w8a8(q, scale, None, down_weight, down_scale, None, down_bias, "none", x.dtype)
+    hidden = activation_function(activation)(gate) * up
+    q, scale, zero_point = quantize_rows(hidden, down_sum is not None)
+    return linear_w8a8(
+        q, scale, zero_point, down_weight, down_scale, down_sum, down_bias, "none", x.dtype
+    )
 
 
 @register_fake("dynamic_gated_mlp_w8a8")
@@ -80,14 +106,24 @@ def _(
     x: Tensor,
     gate_up_weight: Tensor,
     gate_up_scale: Tensor,
+    gate_up_sum: Tensor | None,
     gate_up_bias: Tensor | None,
     down_weight: Tensor,
     down_scale: Tensor,
+    down_sum: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
     check_gated_mlp(
-        x, gate_up_weight, gate_up_scale, gate_up_bias, down_weight, down_scale, down_bias
+        x,
+        gate_up_weight,
+        gate_up_scale,
+        gate_up_sum,
+        gate_up_bias,
+        down_weight,
+        down_scale,
+        down_sum,
+        down_bias,
     )
     activation_function(activation)
     return x.new_empty((*x.shape[:-1], down_weight.size(0)))

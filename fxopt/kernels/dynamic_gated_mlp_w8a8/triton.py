@@ -6,7 +6,7 @@ from torch import Tensor
 from fxopt.kernels.activation import activation_function
 from fxopt.kernels.dynamic_gated_mlp_w8a8.reference import check_gated_mlp
 from fxopt.kernels.linear_w8a8.triton import launch as launch_linear
-from fxopt.kernels.quantize_per_token.triton import launch as launch_quantize
+from fxopt.kernels.quantize_per_token.triton import launch_rows
 
 __all__ = ["launch"]
 
@@ -15,20 +15,41 @@ def launch(
     x: Tensor,
     gate_up_weight: Tensor,
     gate_up_scale: Tensor,
+    gate_up_sum: Tensor | None,
     gate_up_bias: Tensor | None,
     down_weight: Tensor,
     down_scale: Tensor,
+    down_sum: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
     """Gated feed-forward block on x [..., K]; y [..., N] like x."""
     check_gated_mlp(
-        x, gate_up_weight, gate_up_scale, gate_up_bias, down_weight, down_scale, down_bias
+        x,
+        gate_up_weight,
+        gate_up_scale,
+        gate_up_sum,
+        gate_up_bias,
+        down_weight,
+        down_scale,
+        down_sum,
+        down_bias,
     )
-    q, scale = launch_quantize(x)
+    q, scale, zero_point = launch_rows(x, gate_up_sum is not None)
     gate_up = launch_linear(
-        q, scale, None, gate_up_weight, gate_up_scale, None, gate_up_bias, "none", torch.float32
+        q,
+        scale,
+        zero_point,
+        gate_up_weight,
+        gate_up_scale,
+        gate_up_sum,
+        gate_up_bias,
+        "none",
+        torch.float32,
     )
     gate, up = gate_up.chunk(2, -1)
-    q, scale = launch_quantize(activation_function(activation)(gate) * up)
-    return launch_linear(q, scale, None, down_weight, down_scale, None, down_bias, "none", x.dtype)
+    hidden = activation_function(activation)(gate) * up
+    q, scale, zero_point = launch_rows(hidden, down_sum is not None)
+    return launch_linear(
+        q, scale, zero_point, down_weight, down_scale, down_sum, down_bias, "none", x.dtype
+    )

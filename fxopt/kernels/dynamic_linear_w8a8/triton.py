@@ -2,15 +2,24 @@
 
 from torch import Tensor
 
+from fxopt.kernels.dynamic_linear_w8a8.reference import check_dynamic_linear
 from fxopt.kernels.linear_w8a8.triton import launch as launch_linear
-from fxopt.kernels.quantize_per_token.triton import launch as launch_quantize
+from fxopt.kernels.quantize_per_token.triton import launch_rows
 
 __all__ = ["launch"]
 
 
 def launch(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
 ) -> Tensor:
     """Quantize x [..., K] per token, then multiply by weight [N, K]; y [..., N] like x."""
-    q, scale = launch_quantize(x)
-    return launch_linear(q, scale, None, weight, weight_scale, None, bias, activation, x.dtype)
+    check_dynamic_linear(x, weight, weight_scale, weight_sum, bias)
+    q, scale, zero_point = launch_rows(x, weight_sum is not None)
+    return launch_linear(
+        q, scale, zero_point, weight, weight_scale, weight_sum, bias, activation, x.dtype
+    )

@@ -132,20 +132,30 @@ inline void linear_rows(const QuantizedRows& a, const Int8Weight& weight, Activa
 // Rows quantized per token, with the memory they live in.
 class TokenQuantized {
  public:
-  TokenQuantized(int64_t m, int64_t k)
-      : lda_(round_up(k, 64)), m_(m), k_(k), q_(m * lda_), scale_(m), sum_(m) {}
+  TokenQuantized(int64_t m, int64_t k, bool asymmetric)
+      : lda_(round_up(k, 64)),
+        m_(m),
+        k_(k),
+        asymmetric_(asymmetric),
+        q_(m * lda_),
+        scale_(m),
+        sum_(m),
+        zero_point_(asymmetric ? m : 0) {}
 
   void quantize(const void* x, at::ScalarType dtype, int64_t ldx) {
-    quantize_matrix(x, dtype, ldx, m_, k_, q_, lda_, scale_, sum_);
+    quantize_matrix(x, dtype, ldx, m_, k_, q_, lda_, scale_, sum_, zero_point());
   }
 
-  QuantizedRows rows() const { return {{q_, lda_, m_, k_}, scale_, 1, sum_, nullptr}; }
+  QuantizedRows rows() const { return {{q_, lda_, m_, k_}, scale_, 1, sum_, zero_point()}; }
 
  private:
+  int32_t* zero_point() const { return asymmetric_ ? zero_point_.get() : nullptr; }
+
   int64_t lda_, m_, k_;
+  bool asymmetric_;
   Buffer<int8_t> q_;
   Buffer<float> scale_;
-  Buffer<int32_t> sum_;
+  Buffer<int32_t> sum_, zero_point_;
 };
 
 // ---- tensors ----
@@ -180,9 +190,18 @@ inline void check_weight(const at::Tensor& weight, const at::Tensor& scale,
   FXOPT_CHECK(scale.scalar_type() == at::kFloat && scale.numel() == weight.size(0),
               "weight_scale must be float32 with N = ", weight.size(0), " elements, got ",
               c10::toString(scale.scalar_type()), " ", scale.sizes());
-  FXOPT_CHECK(!bias.has_value() || bias->numel() == weight.size(0), "bias must have N = ",
-              weight.size(0), " elements, got ", bias.has_value() ? bias->sizes() : at::IntArrayRef());
-  if (bias.has_value()) check_floating(bias->scalar_type(), "bias");
+  if (!bias.has_value()) return;
+  FXOPT_CHECK(bias->numel() == weight.size(0), "bias must have N = ", weight.size(0),
+              " elements, got ", bias->sizes());
+  check_floating(bias->scalar_type(), "bias");
+}
+
+inline void check_weight_sum(const std::optional<at::Tensor>& sum, const at::Tensor& weight) {
+  if (!sum.has_value()) return;
+  FXOPT_CHECK(sum->scalar_type() == at::kInt && sum->numel() == weight.size(0),
+              "weight_sum must be int32 with N = ", weight.size(0),
+              " elements, the row sums of weight, got ", c10::toString(sum->scalar_type()), " ",
+              sum->sizes());
 }
 
 // Contiguous versions of the parts of a weight, kept alive, and the view of them.

@@ -20,7 +20,8 @@ std::tuple<at::Tensor, at::Tensor> quantize_per_token(const at::Tensor& x) {
   }
   const Matrix rows = as_matrix(x);
   quantize_matrix(rows.data, x.scalar_type(), rows.ld, rows.m, rows.k,
-                  q.mutable_data_ptr<int8_t>(), rows.k, scale.mutable_data_ptr<float>(), nullptr);
+                  q.mutable_data_ptr<int8_t>(), rows.k, scale.mutable_data_ptr<float>(), nullptr,
+                  nullptr);
   return {q, scale};
 }
 

@@ -7,6 +7,14 @@ Shapes:
 
 Computed in float32. A row of zeros gives zeros. A row with NaN or infinity gives zeros under a
 scale that is not finite, so what is computed from it is NaN and not a plausible number.
+
+`quantize_rows` offers the asymmetric variant to the operators that quantize what they read:
+
+    low = min(0, min_k x_k)                     high = max(0, max_k x_k)
+    scale = (high - low) / 255, or tiny for 0   zero_point = -128 - round_half_even(low / scale)
+    q = clamp(round_half_even(x / scale) + zero_point, -128, 127)
+
+which is `fxopt::choose_qparams` and `fxopt::quantize` on [-128, 127] with a block per token.
 """
 
 import torch
@@ -16,7 +24,7 @@ from fxopt.errors import KernelError
 from fxopt.kernels.checks import check_floating
 from fxopt.kernels.registry import register_fake, register_reference
 
-__all__ = ["quantize_per_token"]
+__all__ = ["quantize_per_token", "quantize_rows"]
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -39,6 +47,25 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = (absmax / 127).clamp_min(TINY)
     q = torch.where(absmax.isfinite(), torch.round(rows / scale), 0.0)
     return q.to(torch.int8), scale
+
+
+def quantize_rows(x: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The q and scale from above, and the int32 zero point [..., 1], which symmetric rows lack."""
+    if not asymmetric:
+        return *quantize_per_token(x), None
+    _check(x)
+    rows = x.to(torch.float32).contiguous()
+    if x.size(-1) == 0:  # an empty row has no least value
+        rows = rows.new_zeros((*x.shape[:-1], 1))
+    low = rows.amin(-1, keepdim=True).clamp(max=0)
+    high = rows.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 255
+    finite = scale.isfinite()
+    zero_point = -128 - torch.round(low / torch.where(scale > 0, scale, 1))
+    scale = torch.where(scale == 0, TINY, scale)
+    q = (torch.round(rows / scale) + zero_point).clamp(-128, 127)
+    q = torch.where(finite, q, 0.0).to(torch.int8)[..., : x.size(-1)]
+    return q, scale, torch.where(finite, zero_point, 0.0).to(torch.int32)
 
 
 @register_fake("quantize_per_token")

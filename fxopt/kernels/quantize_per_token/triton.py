@@ -12,52 +12,76 @@ from torch import Tensor
 from fxopt.errors import KernelError
 from fxopt.kernels.checks import check_floating
 
-__all__ = ["launch", "quantize_per_token_kernel"]
+__all__ = ["launch", "launch_rows", "quantize_per_token_kernel"]
 
 MAX_BLOCK = 4096
 
 
 @triton.jit
-def quantize_per_token_kernel(x, q, scale, K, stride, BLOCK_K: tl.constexpr):
-    """One row, symmetric int8.
+def quantize_per_token_kernel(
+    x, q, scale, zero_point, K, stride, ASYMMETRIC: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """One row to int8, symmetric or with a zero point; see the reference for the equations.
 
-    scale = max(max_k |x_k| / 127, tiny), q = round_half_even(x / scale)
+    x [M, K] with rows `stride` apart; q [M, K] int8; scale [M] float32; zero_point [M] int32.
 
-    x [M, K] with rows `stride` apart; q [M, K] int8; scale [M] float32.
-
-    The maximum is taken on the bits: for non-negative floats integers sort alike, with NaN above
-    infinity, so neither is lost. Adding and taking away 1.5 * 2**23 rounds to the nearest integer,
-    ties to even, on every backend and in the interpreter.
+    Extremes are taken on the bits: for non-negative floats integers sort alike, with NaN above
+    infinity, so neither is lost; with the sign flipped, the least value is the largest. Adding and
+    taking away 1.5 * 2**23 rounds to the nearest integer, ties to even, on every backend and in
+    the interpreter.
     """
     row = tl.program_id(0).to(tl.int64)
-    b_bits = tl.zeros([BLOCK_K], dtype=tl.int32)
+    b_high = tl.zeros([BLOCK_K], dtype=tl.int32)
+    b_low = tl.zeros([BLOCK_K], dtype=tl.int32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         b_x = tl.load(x + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
-        b_bits = tl.maximum(b_bits, b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    bits = tl.max(b_bits, 0)
-    finite = bits < 0x7F800000
-    absmax = bits.to(tl.float32, bitcast=True)
-    s = tl.div_rn(absmax, 127.0)
-    s = tl.where(s < 1.1754943508222875e-38, 1.1754943508222875e-38, s)
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_high = tl.maximum(b_high, b_bits)
+        b_low = tl.maximum(b_low, b_bits ^ -0x80000000)
+    high = tl.max(b_high, 0)
+    low = tl.max(b_low, 0)
+    zero = 0.0
+    if ASYMMETRIC:
+        lowest = low.to(tl.float32, bitcast=True)
+        s = tl.div_rn(high.to(tl.float32, bitcast=True) + lowest, 255.0)
+        finite = s < float("inf")
+        zero = (tl.div_rn(lowest, tl.where(s > 0.0, s, 1.0)) + 12582912.0) - 12582912.0
+        zero = tl.where(finite, zero - 128.0, 0.0)
+        s = tl.where(s == 0.0, 1.1754943508222875e-38, s)
+        tl.store(zero_point + row, zero.to(tl.int32))
+    else:
+        bits = tl.maximum(high, low)
+        finite = bits < 0x7F800000
+        s = tl.div_rn(bits.to(tl.float32, bitcast=True), 127.0)
+        s = tl.where(s < 1.1754943508222875e-38, 1.1754943508222875e-38, s)
     tl.store(scale + row, s)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         b_x = tl.load(x + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
         b_q = (tl.div_rn(b_x, tl.zeros_like(b_x) + s) + 12582912.0) - 12582912.0
+        if ASYMMETRIC:
+            b_q = tl.minimum(tl.maximum(b_q + zero, -128.0), 127.0)
         tl.store(q + row * K + k, tl.where(finite, b_q, 0.0).to(tl.int8), mask=k < K)
 
 
 def launch(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize x [..., K] per token: q [..., K] int8 and scale [..., 1] float32."""
+    q, scale, _ = launch_rows(x, asymmetric=False)
+    return q, scale
+
+
+def launch_rows(x: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same, with the zero point [..., 1] int32 of asymmetric rows."""
     if x.dim() == 0:
         raise KernelError("quantize_per_token needs a tensor [..., K], got a scalar")
     check_floating(x.dtype, "x")
     width = x.size(-1)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    zero_point = torch.empty_like(scale, dtype=torch.int32) if asymmetric else None
     if scale.numel() == 0:
-        return q, scale
+        return q, scale, zero_point
     rows = x.reshape(scale.numel(), width)
     if width > 0 and rows.stride(1) != 1:
         rows = rows.contiguous()
@@ -67,10 +91,12 @@ def launch(x: Tensor) -> tuple[Tensor, Tensor]:
             rows,
             q,
             scale,
+            scale if zero_point is None else zero_point,
             width,
             rows.stride(0),
+            ASYMMETRIC=asymmetric,
             BLOCK_K=block,
             num_warps=4 if block <= 2048 else 8,
             enable_fp_fusion=True,
         )
-    return q, scale
+    return q, scale, zero_point

@@ -1,1 +1,1 @@
-"""fxopt."""
+"""From the operators that export leaves to the few that every later pass reads."""

@@ -24,7 +24,7 @@ from torch.fx import Node
 
 from fxopt.ir.program import Program, dtype_of
 from fxopt.rewrite.builder import Builder
-from fxopt.rewrite.pattern import Match, PatternOperators, Variable, argument, packet_of
+from fxopt.rewrite.pattern import Match, PatternOperators, Variable, packet_of, plain_packet
 from fxopt.rewrite.rule import Rule
 
 aten = torch.ops.aten
@@ -41,8 +41,8 @@ class RaiseGelu(Rule):
 
     detail = "gelu"
 
-    def pattern(self, op: PatternOperators, left: Variable, right: Variable) -> Any:
-        return op.mul(left, right)
+    def pattern(self, op: PatternOperators, left: Variable, right: Variable) -> list[Any]:
+        return [op.mul(left, right), op.div(left, right)]
 
     def condition(self, program: Program, match: Match) -> bool:
         return read_gelu(match.root) is not None
@@ -83,14 +83,14 @@ def _operands(value: Any, depth: int = _DEPTH) -> list[Node]:
     """Every node that a polynomial expression could be a polynomial in."""
     if not isinstance(value, Node):
         return []
-    follow = depth and packet_of(value) in _ALGEBRA
+    follow = depth and plain_packet(value) in _ALGEBRA
     inner = [node for arg in value.args for node in _operands(arg, depth - 1)] if follow else []
     return list(dict.fromkeys([value, *inner]))
 
 
 def _one_plus(node: Node) -> Node | None:
     """The erf or tanh call in `1 + erf(...)`."""
-    if packet_of(node) is not aten.add or argument(node, "alpha") != 1:
+    if plain_packet(node) is not aten.add:
         return None
     calls = [arg for arg in node.args if isinstance(arg, Node)]
     numbers = [arg for arg in node.args if isinstance(arg, int | float)]
@@ -102,7 +102,7 @@ def _factors(value: Any, stop: Node | None = None, depth: int = _DEPTH) -> tuple
     """A product as a number and the nodes that are multiplied; `stop` is not taken apart."""
     if isinstance(value, int | float):
         return float(value), []
-    packet = packet_of(value) if depth and value is not stop else None
+    packet = plain_packet(value) if depth and value is not stop else None
     if packet is aten.mul:
         (a, left), (b, right) = (_factors(arg, stop, depth - 1) for arg in value.args)
         return a * b, left + right
@@ -118,7 +118,7 @@ def polynomial(value: Any, x: Node, depth: int = _DEPTH) -> Polynomial | None:
         return {1: 1.0}
     if isinstance(value, int | float):
         return {0: float(value)}
-    if not isinstance(value, Node) or depth == 0 or packet_of(value) not in _ALGEBRA:
+    if depth == 0 or plain_packet(value) not in _ALGEBRA:
         return None
     parts = [polynomial(argument, x, depth - 1) for argument in value.args]
     known = [part for part in parts if part is not None]

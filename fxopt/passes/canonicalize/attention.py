@@ -23,6 +23,7 @@ from fxopt.ir.program import Program, dtype_of, shape_of
 from fxopt.passes.canonicalize.cleanup import holds_every_value
 from fxopt.passes.canonicalize.rms_norm import cast
 from fxopt.passes.canonicalize.scores import Scores, Term, read_scores
+from fxopt.passes.canonicalize.sdpa import with_four_axes
 from fxopt.passes.canonicalize.views import permute
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.pattern import Match, PatternOperators, Variable, packet_of
@@ -143,7 +144,7 @@ def build_mask(build: Builder, scores: Scores, heads: int) -> Node | None:
         if term.factor != 1:
             node = build.call(aten.mul.Tensor, node, term.factor)
         mask = node if mask is None else build.call(aten.add.Tensor, mask, node)
-    return mask
+    return None if mask is None else with_four_axes(build, mask)
 
 
 def _fill(build: Builder, term: Term, node: Node, mask: Node | None, dtype: Any) -> Node:

@@ -28,6 +28,7 @@ from fxopt.passes.canonicalize import (
     linear,
     rms_norm,
     rope,
+    scatter,
     sdpa,
     select,
     views,
@@ -53,6 +54,7 @@ TIDYING = (
     *cleanup.RULES,
     *views.RULES,
     *select.RULES,
+    *scatter.RULES,
     *einsum.RULES,
     *constants.RULES,
 )

@@ -1,11 +1,13 @@
 """Replace operators that write to their input by twins that return the result.
 
-    x.add_(y); f(x)   =   z = x + y; f(z)
+    x.add_(y); f(x)      =   z = x + y; f(z)
+    x[i].add_(y); f(x)   =   z = scatter(x, i, x[i] + y); f(z)
 
 Shapes: any.
 Exactness: bit-equal. A write is replaced only if nothing else can see the memory it changes.
 """
 
+import itertools
 import operator
 from typing import Any
 
@@ -20,6 +22,11 @@ aten = torch.ops.aten
 
 # They write nothing but bookkeeping; cleanup drops them.
 _HARMLESS = (aten.detach_.default, aten.requires_grad_.default)
+# A write through a view is a result put back where the view was taken.
+_SCATTERS: dict[Any, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
 
 
 def make_functional(program: Program, made_by: str) -> tuple[list[Site], list[Refusal]]:
@@ -60,25 +67,36 @@ def _obstacle(program: Program, node: Node) -> str | None:
     written = node.args[0]
     if not isinstance(written, Node):
         return f"{node.target} writes to something that is not a tensor of the graph"
-    aliases = _aliases(program)[written]
-    for other in aliases - {node}:
+    chain = _views_above(written)
+    for other in _aliases(program)[written]:
         if other.op in ("placeholder", "get_attr"):
             kind = "an input" if other.op == "placeholder" else "a weight"
             return f"{node.target} writes to {kind} ({other.target}), which the caller can see"
-        readers = [user for user in other.users if node < user]
-        if other is not written and readers and not _is_view_of(other, node, program):
+        # A view taken later is computed from the result; one taken earlier would show old values.
+        if other < node and other not in chain and (readers := _later_readers(other, node)):
             return f"{node.target} writes to memory that {readers[0].name!r} reads through a view"
+    for view in _read_later(chain, node)[:-1]:
+        if view.target not in _SCATTERS:
+            return f"{node.target} writes through a {view.target} of something that is read later"
     return None
 
 
-def _is_view_of(node: Node, origin: Node, program: Program) -> bool:
-    """Whether `node` is a view that was taken from `origin`: it shows the new value anyway."""
-    while node is not origin:
-        source = _viewed(node)
-        if source is None:
-            return False
-        node = source
-    return True
+def _later_readers(node: Node, write: Node) -> list[Node]:
+    return [user for user in node.users if write < user]
+
+
+def _read_later(chain: list[Node], write: Node) -> list[Node]:
+    """The chain up to the last tensor that is read after the write."""
+    needed = [index for index, view in enumerate(chain) if _later_readers(view, write)]
+    return chain[: needed[-1] + 1] if needed else []
+
+
+def _views_above(node: Node) -> list[Node]:
+    """A node, what it is a view of, what that is a view of, and so on."""
+    chain = [node]
+    while (source := _viewed(chain[-1])) is not None:
+        chain.append(source)
+    return chain
 
 
 def _aliases(program: Program) -> dict[Node, set[Node]]:
@@ -114,7 +132,14 @@ def _replace(program: Program, node: Node, made_by: str) -> None:
     result = build.call(twin(node.target), *node.args, **node.kwargs)
     if dtype_of(result) != dtype_of(written):  # a write keeps the dtype, its twin promotes
         result = build.call(aten.to.dtype, result, dtype_of(written))
-    for user in [user for user in written.users if node < user]:
-        user.replace_input_with(written, result)
     node.replace_all_uses_with(result)
+    _let_read(written, result, node)
+    for view, source in itertools.pairwise(_read_later(_views_above(written), node)):
+        result = build.call(_SCATTERS[view.target], source, result, *view.args[1:])
+        _let_read(source, result, node)
     erase_dead([node])
+
+
+def _let_read(old: Node, new: Node, write: Node) -> None:
+    for user in _later_readers(old, write):
+        user.replace_input_with(old, new)

@@ -19,7 +19,7 @@ from fxopt.ir.program import Program, shape_of
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.pattern import Match, PatternOperators, Variable, all_arguments, packet_of
 from fxopt.rewrite.rule import Rule
-from fxopt.rewrite.sizes import axis_of, fixed, same_sizes
+from fxopt.rewrite.sizes import axis_of, fixed, same_size, same_sizes
 
 aten = torch.ops.aten
 fxopt = torch.ops.fxopt
@@ -33,7 +33,7 @@ class FoldRepeatedHeads(Rule):
 
     def condition(self, program: Program, match: Match) -> bool:
         k, v = repeated_heads(match.k), repeated_heads(match.v)
-        return k is not None and v is not None and same_sizes(shape_of(k)[:2], shape_of(v)[:2])
+        return k is not None and v is not None and same_size(shape_of(k)[1], shape_of(v)[1])
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         k, v = repeated_heads(match.k), repeated_heads(match.v)

@@ -96,8 +96,14 @@ class NormalizeInInputDtype(Rule):
         return None
 
     def rewrite(self, build: Builder, match: Match) -> Node:
-        _, *rest = match.norm.args
+        _, *rest = (_unwidened(argument, match.x) for argument in match.norm.args)
         return build.call(match.norm.target, match.x, *rest)
+
+
+def _unwidened(gain: Any, x: Node) -> Any:
+    """A gain or bias as it was before it was widened from the dtype of x; others as they are."""
+    widened = isinstance(gain, Node) and gain.target is aten.to.dtype
+    return gain.args[0] if widened and dtype_of(gain.args[0]) == dtype_of(x) else gain
 
 
 def is_last_axis(axes: Any, x: Node) -> bool:

@@ -50,7 +50,7 @@ class RaiseRope(Rule):
         bounds = _bounds_on_last_axis(match.first), _bounds_on_last_axis(match.second)
         rank = len(shape_of(match.x))
         if _is_interleaved(match):
-            return match.axis in (-1, rank) and bounds == ((0, width, 2), (1, width, 2))
+            return match.axis in (-1, rank) and bounds == _neighbours(width)
         return match.axis in (-1, rank - 1) and bounds == _halves(width)
 
     def check(self, program: Program, match: Match) -> str | None:
@@ -63,7 +63,10 @@ class RaiseRope(Rule):
 
 
 class RaiseRopeOnHalves(Rule):
-    """`cat(a cos - b sin, b cos + a sin)` becomes `rope(x, cat(cos, cos), cat(sin, sin))`."""
+    """`cat(a cos - b sin, b cos + a sin)` becomes `rope(x, cat(cos, cos), cat(sin, sin))`.
+
+    a and b are the halves of x, or its even and odd entries, which come out as halves.
+    """
 
     detail = "rope"
 
@@ -80,13 +83,19 @@ class RaiseRopeOnHalves(Rule):
         if not all(_spans(table, width // 2) for table in (match.cos, match.sin)):
             return False
         bounds = _bounds_on_last_axis(match.first), _bounds_on_last_axis(match.second)
-        return match.axis in (-1, len(shape_of(match.x)) - 1) and bounds == _halves(width)
+        return match.axis in (-1, len(shape_of(match.x)) - 1) and bounds in (
+            _halves(width),
+            _neighbours(width),
+        )
 
     def rewrite(self, build: Builder, match: Match) -> Node:
+        x, first = match.x, match.first
+        if _bounds_on_last_axis(first) == _neighbours(fixed(shape_of(x)[-1]) or 0)[0]:
+            x = build.call(aten.cat.default, [first, match.second], -1)
         cos, sin = (
             build.call(aten.cat.default, [table, table], -1) for table in (match.cos, match.sin)
         )
-        return build.call(fxopt.rope.default, match.x, cos, sin, False)
+        return build.call(fxopt.rope.default, x, cos, sin, False)
 
 
 class WidenPartialRope(Rule):
@@ -120,6 +129,10 @@ def _is_interleaved(match: Match) -> bool:
 
 def _halves(width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     return (0, width // 2, 1), (width // 2, width, 1)
+
+
+def _neighbours(width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    return (0, width, 2), (1, width, 2)
 
 
 def _spans(table: Any, width: int) -> bool:

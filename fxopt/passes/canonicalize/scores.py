@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from fxopt.ir.program import dtype_of, shape_of
 from fxopt.passes.canonicalize.cleanup import holds_every_value
-from fxopt.rewrite.pattern import argument, packet_of
+from fxopt.rewrite.pattern import argument, packet_of, plain_packet
 from fxopt.rewrite.sizes import same_sizes
 
 aten = torch.ops.aten
@@ -72,7 +72,7 @@ def strip_scale(node: Node) -> tuple[Node, float]:
     """A node without the numbers it is multiplied by and the casts that lose nothing."""
     factor = 1.0
     while node.op == "call_function":
-        packet = packet_of(node)
+        packet = plain_packet(node)
         scalar = node.args[1] if packet in (aten.mul, aten.div) else None
         if isinstance(scalar, int | float):
             factor = factor * scalar if packet is aten.mul else factor / scalar
@@ -115,7 +115,7 @@ def _cast_or_view(node: Node, depth: int) -> Scores | None:
 
 def _scaled(node: Node, depth: int) -> Scores | None:
     value, number = node.args[:2]
-    if not isinstance(number, int | float):
+    if not isinstance(number, int | float) or plain_packet(node) is None:
         return None
     if packet_of(node) is aten.mul and (capped := _capped(value, float(number), depth)):
         return capped
@@ -150,6 +150,9 @@ def _sum(node: Node, depth: int) -> Scores | None:
 def _filled(node: Node, depth: int) -> Scores | None:
     if packet_of(node) is aten.masked_fill:
         value, mask, fill = node.args
+        keep = False
+    elif isinstance(node.args[2], Node):
+        mask, fill, value = node.args
         keep = False
     else:
         mask, value, fill = node.args

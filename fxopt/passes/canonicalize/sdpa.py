@@ -53,7 +53,8 @@ class RaiseScaledDotProduct(Rule):
         scale = (fixed(shape_of(match.q)[-1]) or 1) ** -0.5 if scale is None else scale
         q, k, v = (_with_heads(build, x) for x in (match.q, match.k, match.v))
         mask = argument(root, "attn_mask")
-        mask = _with_heads(build, mask) if q is not match.q and mask is not None else mask
+        if mask is not None:
+            mask = with_four_axes(build, _with_heads(build, mask) if q is not match.q else mask)
         causal = bool(argument(root, "is_causal"))
         out = build.call(
             fxopt.attention.default, q, k, v, None, mask, None, float(scale), causal, None, None
@@ -68,6 +69,13 @@ def _check_heads(match: Match) -> str | None:
     if q is None or k is None or k != v or q % k:
         return "the heads of queries, keys and values do not fit together"
     return None
+
+
+def with_four_axes(build: Builder, mask: Node) -> Node:
+    """Put axes of size one before a mask, so that it broadcasts against [B, H, S, T] by itself."""
+    while len(shape_of(mask)) < 4:
+        mask = build.call(aten.unsqueeze.default, mask, 0)
+    return mask
 
 
 def _with_heads(build: Builder, x: Node) -> Node:

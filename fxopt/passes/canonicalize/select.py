@@ -19,7 +19,7 @@ from torch.fx import Node
 from fxopt.ir.program import Program, shape_of
 from fxopt.passes.canonicalize.views import permutation, permute
 from fxopt.rewrite.builder import Builder
-from fxopt.rewrite.pattern import Match, PatternOperators, Variable
+from fxopt.rewrite.pattern import Match, PatternOperators, Variable, argument
 from fxopt.rewrite.rule import Rule
 from fxopt.rewrite.sizes import axis_of, fixed, same_sizes
 
@@ -36,11 +36,11 @@ class DropUnitAxis(Rule):
         source, order = permutation(match.moved)
         if source.target is not aten.unsqueeze.default or not isinstance(match.axis, int):
             return False
-        return order[axis_of(match.moved, match.axis)] == axis_of(source, source.args[1])
+        return order[axis_of(match.moved, match.axis)] == axis_of(source, argument(source, "dim"))
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         source, order = permutation(match.moved)
-        unit = axis_of(source, source.args[1])
+        unit = axis_of(source, argument(source, "dim"))
         kept = [axis - (axis > unit) for axis in order if axis != unit]
         return permute(build, source.all_input_nodes[0], kept)
 

@@ -15,6 +15,8 @@ from torch.fx import Node
 from fxopt.ir.program import Program
 from fxopt.passes.canonicalize.functional import is_mutable
 
+aten = torch.ops.aten
+
 
 def merge_equal(program: Program) -> int:
     """Let every reader of a repeated computation read the first; returns how many went."""
@@ -40,6 +42,9 @@ def _can_merge(node: Node) -> bool:
 
 
 def _key(node: Node) -> Hashable:
+    size = node.meta.get("val")
+    if node.target is aten.sym_size.int and isinstance(size, torch.SymInt):
+        return "size", size.node.expr  # one size, whichever tensor is asked for it
     return node.op, node.target, _frozen(node.args), _frozen(dict(node.kwargs))
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxopt.ir.program import Program, shape_of
+from fxopt.ir.program import Program, dtype_of, shape_of
+from fxopt.passes.canonicalize.cleanup import holds_every_value
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.pattern import Match, PatternOperators, Variable, all_arguments, packet_of
 from fxopt.rewrite.rule import Rule
@@ -86,6 +87,23 @@ class MergePermutations(Rule):
         if origin is not source:
             order = [inner[axis] for axis in order]
         return permute(build, origin, order)
+
+
+class PermuteBeforeWidening(Rule):
+    """`permute(to(x, wider))` becomes `to(permute(x), wider)`: casts meet what computes in them."""
+
+    def pattern(self, op: PatternOperators, x: Variable) -> list[Any]:
+        cast = op.named("cast", op.to(x, ...))
+        return [getattr(op, name)(cast, ...) for name in _PERMUTATIONS]
+
+    def condition(self, program: Program, match: Match) -> bool:
+        return match.cast.target is aten.to.dtype and holds_every_value(
+            dtype_of(match.cast), dtype_of(match.x)
+        )
+
+    def rewrite(self, build: Builder, match: Match) -> Node:
+        moved = permute(build, match.x, permutation(match.root)[1])
+        return build.call(aten.to.dtype, moved, dtype_of(match.root))
 
 
 _PERMUTATIONS = ("t", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim")
@@ -195,6 +213,7 @@ RULES = (
     WriteViewAsReshape(),
     MergeReshapes(),
     MergePermutations(),
+    PermuteBeforeWidening(),
     WriteSplitAsSlices(),
     WriteSliceBounds(),
 )

@@ -1,0 +1,135 @@
+"""fxopt::choose_qparams, quantize and dequantize on blocks of any shape.
+
+A block is the part of a tensor that shares one scale. Block shapes cover every granularity:
+the whole tensor (-1, -1), one channel (1, -1), a group (1, g), one token (1, ..., 1, -1).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.errors import KernelError
+from fxopt.ir.operators.registration import define
+
+
+def block_counts(shape: Any, block: Any) -> list[Any]:
+    """How many blocks lie along each axis; -1 in a block means the whole axis."""
+    return [1 if size == -1 else length // size for length, size in zip(shape, block, strict=True)]
+
+
+def _check_blocks(x: Tensor, block: Any) -> None:
+    if len(block) != x.dim():
+        raise KernelError(
+            f"block {list(block)} has {len(block)} axes, the tensor {list(x.shape)} has {x.dim()}."
+        )
+    for length, size in zip(x.shape, block, strict=True):
+        if size != -1 and length % size:
+            raise KernelError(
+                f"block {list(block)} does not divide the tensor {list(x.shape)}; choose a group "
+                f"size that divides {length}."
+            )
+
+
+def _blocked(x: Tensor, block: Any) -> tuple[Tensor, list[int]]:
+    shape: list[int] = []
+    for count, length in zip(block_counts(x.shape, block), x.shape, strict=True):
+        shape += [count, length // max(count, 1)]
+    return x.reshape(shape), list(range(1, 2 * x.dim(), 2))
+
+
+def _spread(parameter: Tensor, x: Tensor, block: Any) -> Tensor:
+    """Repeat a per-block parameter so that it broadcasts against the blocked view of `x`."""
+    counts = block_counts(x.shape, block)
+    return parameter.reshape([size for count in counts for size in (count, 1)])
+
+
+def _choose_qparams(
+    x: Tensor, block: Any, symmetric: bool, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor]:
+    _check_blocks(x, block)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    blocked, axes = _blocked(x.detach().to(compute), block)
+    counts = block_counts(x.shape, block)
+    if symmetric:
+        reach = blocked.abs().amax(axes)
+        scale = reach / ((quant_max - quant_min) / 2)
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        low = blocked.amin(axes).clamp(max=0)
+        high = blocked.amax(axes).clamp(min=0)
+        scale = (high - low) / (quant_max - quant_min)
+        safe = torch.where(scale > 0, scale, 1)
+        zero_point = (quant_min - torch.round(low / safe)).to(torch.int32)
+    # A block of zeros has scale 0; the smallest normal number keeps it exact and finite.
+    scale = torch.where(scale == 0, torch.finfo(torch.float32).tiny, scale)
+    return scale.reshape(counts), zero_point.reshape(counts)
+
+
+def _choose_qparams_fake(x: Tensor, block: Any, *_: Any) -> tuple[Tensor, Tensor]:
+    counts = block_counts(x.shape, block)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(counts, dtype=compute), x.new_empty(counts, dtype=torch.int32)
+
+
+define(
+    "choose_qparams(Tensor x, SymInt[] block, bool symmetric, int quant_min, int quant_max) "
+    "-> (Tensor, Tensor)",
+    _choose_qparams,
+    _choose_qparams_fake,
+)
+
+
+def _quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    block: Any,
+    dtype: torch.dtype,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    _check_blocks(x, block)
+    blocked, _ = _blocked(x.to(scale.dtype), block)
+    q = torch.round(blocked / _spread(scale, x, block))
+    if zero_point is not None:
+        q = q + _spread(zero_point, x, block)
+    return q.clamp(quant_min, quant_max).to(dtype).reshape(x.shape)
+
+
+def _quantize_fake(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, block: Any, dtype: torch.dtype, *_: int
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+define(
+    "quantize(Tensor x, Tensor scale, Tensor? zero_point, SymInt[] block, ScalarType dtype, "
+    "int quant_min, int quant_max) -> Tensor",
+    _quantize,
+    _quantize_fake,
+)
+
+
+def _dequantize(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None, block: Any, dtype: torch.dtype
+) -> Tensor:
+    blocked, _ = _blocked(q, block)
+    centred = blocked.to(scale.dtype)
+    if zero_point is not None:
+        centred = centred - _spread(zero_point, q, block)
+    return (centred * _spread(scale, q, block)).to(dtype).reshape(q.shape)
+
+
+def _dequantize_fake(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None, block: Any, dtype: torch.dtype
+) -> Tensor:
+    return q.new_empty(q.shape, dtype=dtype)
+
+
+define(
+    "dequantize(Tensor q, Tensor scale, Tensor? zero_point, SymInt[] block, ScalarType dtype) "
+    "-> Tensor",
+    _dequantize,
+    _dequantize_fake,
+)

@@ -1,0 +1,15 @@
+"""How an operator joins the `fxopt::` namespace."""
+
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
+
+
+def define(schema: str, reference: Any, fake: Any) -> None:
+    """Define an operator by its schema, its plain torch reference and its fake implementation."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fxopt::{name}", fake, lib=LIBRARY)

@@ -1,0 +1,143 @@
+"""How far two programs are apart: SQNR, relative error and, for logits, KL and agreement."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.analysis.execution import promote, run
+from fxopt.ir.program import Program
+from fxopt.passes.base import PassResult
+
+Inputs = Sequence[Tensor]
+
+
+@dataclass
+class Measurement:
+    """How far outputs moved: over all outputs, and for logits in the words of their users."""
+
+    sqnr_db: float = math.inf
+    relative_error: float = 0.0
+    worst_output: str = ""
+    kl: float | None = None
+    top1: float | None = None
+    outputs: dict[str, float] = field(default_factory=dict[str, float])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        return {
+            "sqnr_db": _finite(self.sqnr_db),
+            "relative_error": self.relative_error,
+            "worst_output": self.worst_output,
+            "kl": self.kl,
+            "top1": self.top1,
+            "outputs": {name: _finite(db) for name, db in self.outputs.items()},
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def rms_error(a: Tensor, b: Tensor) -> float:
+    """rms(a - b) / rms(b) over the finite entries; inf where only one of them is finite."""
+    if b.numel() == 0:
+        return 0.0
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)):
+        return math.inf
+    difference = torch.where(finite, a - b, 0.0)
+    scale = float(torch.where(finite, b, 0.0).square().mean().sqrt())
+    return float(difference.square().mean().sqrt()) / max(scale, 1e-30)
+
+
+def max_error(a: Tensor, b: Tensor) -> float:
+    """The largest |a - b| / rms(b); integers must be equal."""
+    if b.numel() == 0:
+        return 0.0
+    if not b.is_floating_point():
+        return 0.0 if torch.equal(a, b) else math.inf
+    finite = torch.isfinite(b)
+    if a.shape != b.shape or not torch.equal(finite, torch.isfinite(a)):
+        return math.inf
+    scale = float(torch.where(finite, b, 0.0).square().mean().sqrt())
+    return float(torch.where(finite, a - b, 0.0).abs().max()) / max(scale, 1e-30)
+
+
+def worst_error(outputs: list[Tensor], reference: list[Tensor]) -> tuple[float, int]:
+    """The largest `max_error` over outputs, and which output has it."""
+    errors = [max_error(a, b) for a, b in zip(outputs, reference, strict=True)]
+    worst = max(range(len(errors)), key=lambda i: errors[i])
+    return errors[worst], worst
+
+
+def measure(before: Program, after: Program, inputs: Sequence[Inputs]) -> Measurement:
+    """SQNR, relative error and, for logits, KL and top-1 agreement over all inputs.
+
+    SQNR = 10 log10(sum y^2 / sum (y - y')^2), the smallest over the outputs that are not state.
+    """
+    specs = before.signature.outputs
+    count = len(specs) - (2 * before.signature.cache.layers if before.signature.cache else 0)
+    signal, noise = [0.0] * count, [0.0] * count
+    kls: list[Tensor] = []
+    agreements: list[Tensor] = []
+    for sample in inputs:
+        old, new = run(before, sample), run(after, sample)
+        for index in range(count):
+            a, b = promote(old[index]), promote(new[index])
+            if not a.is_floating_point():
+                continue
+            signal[index] += float(a.square().sum())
+            noise[index] += float((a - b).square().sum())
+            if specs[index].name.rpartition(".")[2].endswith("logits") and a.dim() >= 2:
+                kls.append(divergence(a, b).flatten())
+                agreements.append((a.argmax(-1) == b.argmax(-1)).double().flatten())
+    outputs = {
+        specs[i].name: 10 * math.log10(signal[i] / noise[i]) if noise[i] > 0 else math.inf
+        for i in range(count)
+        if signal[i] > 0 or noise[i] > 0
+    }
+    worst = min(outputs, key=lambda name: outputs[name]) if outputs else ""
+    decibels = outputs.get(worst, math.inf)
+    return Measurement(
+        sqnr_db=decibels,
+        relative_error=10 ** (-decibels / 20),
+        worst_output=worst,
+        kl=float(torch.cat(kls).mean()) if kls else None,
+        top1=float(torch.cat(agreements).mean()) if agreements else None,
+        outputs=outputs,
+    )
+
+
+def layer_decibels(
+    before: Program, after: Program, inputs: Inputs, result: PassResult
+) -> dict[str, float | None]:
+    """SQNR at each site's own output, errors of the sites before it included, by module path."""
+    paths = {site.node: site.path or site.node for site in result.sites if site.node}
+    seen: dict[str, Tensor] = {}
+    decibels: dict[str, float | None] = {}
+
+    def remember(node: Node, value: Any) -> None:
+        if node.name in paths and isinstance(value, Tensor):
+            seen[node.name] = value
+
+    def compare(node: Node, value: Any) -> None:
+        old = seen.get(node.name)
+        if old is None or not isinstance(value, Tensor) or old.shape != value.shape:
+            return
+        error = rms_error(promote(value), promote(old))
+        decibels[paths[node.name]] = -20 * math.log10(error) if error > 0 else None
+
+    run(before, inputs, remember)
+    run(after, inputs, compare)
+    return decibels
+
+
+def divergence(a: Tensor, b: Tensor) -> Tensor:
+    """KL(softmax(a) || softmax(b)) over the last axis, in nats."""
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)

@@ -1,0 +1,121 @@
+"""Plain modules: nested inputs, dynamic sizes, the fast path, and clear refusals."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt.capture import capture_program
+from fxopt.errors import CaptureError, InputError
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, pair: Any, *, extra: Any, scale: float = 2.0) -> Any:
+        left, right = pair
+        return {"sum": self.linear(left) + right["r"], "rest": (extra[0] * scale, None)}
+
+
+def test_nested_positional_and_keyword_inputs():
+    example = ((torch.randn(3, 4), {"r": torch.randn(3, 4)}),)
+    program = capture_program(
+        Nested(), {"pair": example[0], "extra": [torch.randn(3, 2)], "scale": 3.0}
+    )
+    assert [spec.name for spec in program.signature.inputs] == ["pair_0", "pair_1_r", "extra_0"]
+    assert [spec.name for spec in program.signature.outputs] == ["sum", "rest.0"]
+    assert program.signature.inputs[0].shape == ("batch", 4)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_encoder_layers_are_captured_operator_by_operator(norm_first):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    program = capture_program(encoder, (torch.randn(2, 5, 32),))
+    targets = {str(node.target) for node in program.nodes()}
+    assert "aten._transformer_encoder_layer_fwd.default" not in targets
+    assert "aten.linear.default" in targets
+    assert program.signature.inputs[0].shape == ("batch", "dim1", 32)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_multihead_attention_with_and_without_weights():
+    attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    example = {"query": x, "key": x, "value": x, "need_weights": False}
+    assert len(capture_program(attention, example).signature.outputs) == 1
+    assert len(capture_program(attention, (x, x.clone(), x.clone())).signature.outputs) == 2
+
+
+def test_a_batch_of_one_does_not_fix_the_batch():
+    program = capture_program(nn.Linear(4, 3), (torch.randn(1, 4),))
+    assert program.signature.inputs[0].shape == ("batch", 4)
+    assert program.graph_module(torch.randn(7, 4))[0].shape == (7, 3)
+
+
+def test_shared_weights_are_held_once():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    program = capture_program(Shared(), (torch.randn(2, 4),))
+    assert sorted(program.weights()) == ["first.bias", "first.weight"]
+    assert program.aliases["second.weight"] == "first.weight"
+
+
+def test_no_example_inputs():
+    with pytest.raises(InputError, match="plain module: fxopt cannot know"):
+        capture_program(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("example", [(torch.randn(3, 7),), {"y": torch.randn(3, 4)}])
+def test_example_inputs_that_do_not_fit(example):
+    with pytest.raises(InputError, match="Linear fails on its example_inputs"):
+        capture_program(nn.Linear(4, 4), example)
+
+
+def test_example_inputs_of_the_wrong_kind():
+    with pytest.raises(InputError, match="example_inputs is a str"):
+        capture_program(nn.Linear(4, 4), "x")
+    with pytest.raises(InputError, match="hold no tensor"):
+        capture_program(nn.Linear(4, 4), ())
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) if x.sum() > 0 else x
+
+
+def test_data_dependent_control_flow():
+    module = Branching().train()
+    with pytest.raises(CaptureError, match="branches on the values of a tensor"):
+        capture_program(module, (torch.randn(2, 4),))
+    assert module.training
+    assert "forward" not in module.__dict__
+
+
+def test_unknown_containers_are_refused():
+    class Strange(nn.Module):
+        def forward(self, x):
+            return {1, 2}
+
+    with pytest.raises((InputError, CaptureError), match="set"):
+        capture_program(Strange(), (torch.randn(2, 2),))
+
+
+def test_non_contiguous_examples_and_odd_sizes():
+    example = torch.randn(5, 4, 3).transpose(0, 2)
+    program = capture_program(nn.Linear(5, 2), (example,))
+    assert program.signature.inputs[0].shape == ("batch", "dim1", 5)

@@ -1,0 +1,161 @@
+"""HF models: inputs found by themselves, caches, masks, dtypes; the model is left as it was."""
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from fxopt.capture import capture_program
+from fxopt.capture.attention import IMPLEMENTATION, name_activation
+from fxopt.capture.pretrained import capture_pretrained
+from fxopt.errors import CaptureError, InputError, ModelError
+from fxopt.rewrite.pattern import argument
+from tests.models import zoo_model
+from tests.zoo import BASE, GROUPED, ZOO
+
+ops = torch.ops.fxopt
+
+
+def attentions(program):
+    return program.nodes(ops.attention.default)
+
+
+def test_a_decoder_has_its_cache_and_free_batch_and_length():
+    program = zoo_model("llama").program
+    shapes = {spec.name: spec.shape for spec in program.signature.inputs}
+    assert shapes["input_ids"] == ("batch", "sequence")
+    assert shapes["past_key_0"] == ("batch", 2, "past", 8)
+    assert program.signature.cache is not None
+    assert program.signature.cache.layers == 2
+    assert dict(program.signature.defaults) == {"attention_mask": "ones", "position_ids": "arange"}
+    assert "runs" in program.notes[0]
+    assert len(attentions(program)) == 2
+
+
+def test_masks_keep_their_structure():
+    llama = [argument(n, "causal") for n in attentions(zoo_model("llama").program)]
+    assert llama == [True, True]
+    mistral = [argument(n, "window") for n in attentions(zoo_model("mistral").program)]
+    assert mistral == [5, 5]
+    gemma = [argument(n, "window") for n in attentions(zoo_model("gemma3").program)]
+    assert gemma == [5, 5, None]
+    bert = attentions(zoo_model("bert").program)
+    assert not any(argument(n, "causal") for n in bert)
+    assert all(argument(n, "padding") is not None for n in bert)
+    assert all(
+        argument(n, "mask") is None for n in [*bert, *attentions(zoo_model("llama").program)]
+    )
+
+
+def test_position_bias_is_an_explicit_mask():
+    nodes = attentions(zoo_model("t5").program)
+    assert len(nodes) == 6
+    assert any(argument(n, "mask") is not None for n in nodes)
+
+
+def test_experts_stay_whole():
+    assert len(zoo_model("mixtral").program.nodes(ops.moe.default)) == 2
+
+
+def test_a_model_without_the_attention_interface_falls_back_and_says_so():
+    program = zoo_model("bloom").program
+    assert not attentions(program)
+    assert any("plain operators" in note for note in program.notes)
+
+
+def test_tied_weights_are_held_once():
+    program = zoo_model("gemma3").program
+    assert program.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert "lm_head.weight" not in program.weights()
+    untied = zoo_model("llama").program
+    assert untied.aliases == {}
+
+
+def test_inputs_the_model_never_reads_are_ignored():
+    signature = zoo_model("whisper").program.signature
+    assert "attention_mask" in signature.ignored
+    assert "attention_mask" not in {spec.name for spec in signature.inputs}
+
+
+def test_the_model_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = ZOO["mixtral"]().train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    attention = model.config._attn_implementation
+    experts = model.config._experts_implementation
+    program = capture_program(model)
+    assert model.training
+    assert "forward" not in model.__dict__
+    assert (model.config._attn_implementation, model.config._experts_implementation) == (
+        attention,
+        experts,
+    )
+    assert IMPLEMENTATION not in (attention, experts)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    # Weights are shared until a pass needs its own: capture costs no second model.
+    assert program.weight("model.norm.weight").data_ptr() == model.model.norm.weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models_stay_low_precision(dtype):
+    torch.manual_seed(0)
+    program = capture_program(ZOO["llama"]().to(dtype).eval())
+    assert {spec.dtype for spec in program.signature.outputs} == {dtype}
+    assert all(v.dtype == dtype for n, v in program.weights().items() if n.endswith("weight"))
+
+
+def test_a_recurrent_state_is_reported_and_left_out():
+    config = hf.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=99, state_size=4)
+    with pytest.raises(CaptureError, match="fixed to the example's size"):
+        capture_pretrained(hf.MambaForCausalLM(config).eval(), None)
+
+
+def test_example_inputs_decide_what_is_captured():
+    model = zoo_model("bert").model
+    example = {"input_ids": torch.randint(0, 99, (2, 6)), "token_type_ids": torch.ones(2, 6).long()}
+    program = capture_program(model, example)
+    assert "input_ids" in {spec.name for spec in program.signature.inputs}
+    with pytest.raises(InputError, match="'input_ids' is a str"):
+        capture_program(model, {"input_ids": "hello"})
+
+
+def test_a_graph_that_is_not_the_model_is_refused():
+    class Branching(hf.BertModel):
+        def forward(self, input_ids, attention_mask=None, **kwargs):
+            result = super().forward(input_ids, attention_mask, **kwargs)
+            if input_ids.shape[1] > 5:  # a size that export fixes to one side
+                result.last_hidden_state = result.last_hidden_state * 2
+            return result
+
+    with pytest.raises(CaptureError, match="capture check at batch .* 'last_hidden_state' differs"):
+        capture_program(Branching(hf.BertConfig(**BASE)).eval())
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite")])
+def test_broken_weights_are_refused(value, word):
+    model = ZOO["bert"]()
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[3, 3] = value
+    with pytest.raises(ModelError, match=f"output.dense.weight.*{word}"):
+        capture_program(model)
+
+
+def test_things_that_are_not_models_are_refused():
+    with pytest.raises(ModelError, match="a str"):
+        capture_program("bert-base")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="meta device"), torch.device("meta"):
+        capture_program(nn.Linear(2, 2), (torch.randn(1, 2),))
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "silu", "tanh"])
+def test_activations_are_named_by_their_values(name):
+    assert name_activation(getattr(torch, name, getattr(nn.functional, name, None))) == name
+    assert name_activation(torch.sin) is None
+    assert name_activation(None) is None
+
+
+def test_grouped_heads_are_not_repeated():
+    program = capture_program(hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)).eval())
+    for node in attentions(program):
+        assert node.args[0].meta["val"].shape[1] == 4
+        assert node.args[1].meta["val"].shape[1] == 2

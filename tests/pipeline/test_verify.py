@@ -1,0 +1,199 @@
+"""Broken passes are caught and named; correct ones are not; lossy ones are measured."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxopt.errors import NotEquivalentError, QualityFloorError
+from fxopt.ir.program import Program, Site, module_path
+from fxopt.passes.base import Context, Pass, PassResult
+from fxopt.passes.canonicalize.canonicalize import Canonicalize
+from fxopt.passes.quantization.quantize import ActivationOptions, Quantize
+from fxopt.pipeline.manager import Manager
+from fxopt.pipeline.measure import divergence, max_error, measure, rms_error
+from fxopt.pipeline.verify import Floor, Verifier
+from tests import broken_passes
+from tests.models import canonical_program, zoo_model
+
+aten = torch.ops.aten
+
+
+def manager_for(program: Program, **options) -> Manager:
+    return Manager(Verifier(program.examples[:3], **options))
+
+
+BROKEN = [
+    (broken_passes.WrongFold(), "llama"),
+    (broken_passes.WrongFold(broken_layer=3), "llama"),
+    (broken_passes.OffsetIgnored(), "gemma3"),
+    (broken_passes.CentredRmsNorm(), "llama"),
+    (broken_passes.CentredRmsNorm(broken_layer=4), "qwen2"),
+    (broken_passes.TiedWeightEdited(), "gemma3"),
+    (broken_passes.SwappedHeads(), "llama"),
+    (broken_passes.SwappedHeads(broken_layer=0), "mistral"),
+    (broken_passes.WindowOffByOne(), "mistral"),
+    (broken_passes.DroppedBias(broken_layer=2), "qwen2"),
+    (broken_passes.DroppedBias(broken_layer=5), "bert"),
+]
+
+
+@pytest.mark.parametrize(
+    ("broken", "model"), BROKEN, ids=lambda value: getattr(value, "name", value)
+)
+def test_a_broken_pass_is_caught_and_named(broken, model):
+    program = canonical_program(model)
+    places = broken.places(program.clone())
+    guilty = places[broken.broken_layer]
+    before = {name: value.clone() for name, value in program.weights().items()}
+    with pytest.raises(NotEquivalentError) as caught:
+        manager_for(program).run(program, [broken])
+    message = str(caught.value)
+    assert repr(broken.name) in message
+    assert f"Guilty site: {module_path(guilty) or '(model)'} " in message
+    assert "First diverging node: " in message
+    assert "before and" in message
+    # Rollback: the program that went in is what it was.
+    assert [record.name for record in program.history] == [r.name for r in program.history]
+    assert all(torch.equal(before[name], value) for name, value in program.weights().items())
+
+
+@pytest.mark.parametrize("mode", ["full", "fast"])
+def test_both_modes_catch_a_dropped_bias(mode):
+    program = canonical_program("bert")
+    randomize_biases(program)
+    with pytest.raises(NotEquivalentError, match="dropped-bias"):
+        manager_for(program, mode=mode).run(program, [broken_passes.DroppedBias(broken_layer=2)])
+
+
+def randomize_biases(program: Program) -> None:
+    for name, value in program.weights().items():
+        if name.endswith("bias"):
+            program.set_weight(name, torch.randn_like(value))
+
+
+def test_verification_can_be_switched_off():
+    program = canonical_program("bert")
+    result = manager_for(program, mode="off").run(
+        program, [broken_passes.DroppedBias(broken_layer=2)]
+    )
+    assert result.history[-1].verification == {"mode": "off"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RightFold(Pass):
+    """A correct version of the fold that `WrongFold` gets wrong."""
+
+    name = "right-fold"
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        sites = []
+        for node in broken_passes.layer_norms(program):
+            scale = torch.linspace(0.5, 2, node.meta["val"].shape[-1])
+            broken_passes.scale_gain(program, node, scale)
+            for linear in broken_passes.readers(node):
+                weight = str(linear.args[1].target)
+                program.set_weight(weight, program.weight(weight) * scale)
+            sites.append(Site(module_path(node), "fold", node.name))
+        return PassResult(tuple(sites))
+
+
+def test_a_correct_fold_passes_although_values_in_between_change():
+    program = canonical_program("llama")
+    result = manager_for(program).run(program, [RightFold()])
+    record = result.history[-1]
+    assert len(record.sites) == 4
+    assert record.verification["error_float64"] <= 1e-12
+    # The program that is kept has float32 weights, each rounded once after the fold.
+    assert 1e-9 < record.verification["error_own_dtype"] < 1e-5
+
+
+def test_a_wrong_fold_beside_right_ones_is_the_one_named():
+    @dataclasses.dataclass(frozen=True)
+    class OneWrong(RightFold):
+        name = "one-wrong"
+
+        def run(self, program: Program, context: Context) -> PassResult:
+            result = super().run(program, context)
+            node = broken_passes.layer_norms(program)[2]
+            broken_passes.scale_gain(program, node, torch.full((32,), 1.25))
+            return result
+
+    program = canonical_program("llama")
+    guilty = module_path(broken_passes.layer_norms(program)[2])
+    with pytest.raises(NotEquivalentError, match=f"Guilty site: {guilty} "):
+        manager_for(program).run(program, [OneWrong()])
+
+
+def test_canonicalize_is_verified_even_where_it_reports_no_site():
+    captured = zoo_model("bert").program
+    result = manager_for(captured).run(captured, [Canonicalize()])
+    assert result.history[-1].verification["mode"] == "full"
+
+
+# --- lossy passes ---------------------------------------------------------------------------
+
+
+def test_a_lossy_pass_is_measured_at_every_output_and_layer():
+    program = canonical_program("llama")
+    quantize = Quantize(activations=ActivationOptions())
+    record = manager_for(program).run(program, [quantize]).history[-1]
+    measured = record.verification
+    assert 25 < measured["sqnr_db"] < 60
+    assert set(measured["outputs"]) == {"logits"}
+    assert 0 <= measured["kl"] < 1e-2
+    assert 0.9 <= measured["top1"] <= 1
+    assert set(measured["layers"]) == {site.path for site in record.sites}
+
+
+@pytest.mark.parametrize(
+    ("floor", "word"),
+    [(Floor(sqnr_db=90), "SQNR"), (Floor(kl=1e-15), "KL"), (Floor(top1=1.01), "top-1")],
+)
+def test_a_floor_stops_a_lossy_pass(floor, word):
+    program = canonical_program("llama")
+    quantize = Quantize(activations=ActivationOptions())
+    with pytest.raises(QualityFloorError, match=word) as caught:
+        manager_for(program, floor=floor).run(program, [quantize])
+    assert "'quantize'" in str(caught.value)
+    assert all(value.dtype != torch.int8 for value in program.weights().values())
+
+
+# --- measures -------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 1000), st.floats(1e-6, 1e2))
+def test_sqnr_is_that_of_known_noise(seed, noise):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randn(200, generator=generator, dtype=torch.float64)
+    wrong = y + noise * y.roll(1)
+    expected = noise * float(y.square().mean().sqrt() / y.square().mean().sqrt())
+    assert math.isclose(rms_error(wrong, y), expected, rel_tol=1e-9)
+    assert max_error(wrong, y) >= rms_error(wrong, y)
+
+
+def test_measures_of_empty_integer_and_infinite_tensors():
+    empty = torch.empty(0, 3)
+    assert max_error(empty, empty) == rms_error(empty, empty) == 0
+    assert max_error(torch.tensor([1, 2]), torch.tensor([1, 3])) == math.inf
+    assert max_error(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0])) == math.inf
+    infinite = torch.tensor([1.0, -torch.inf])
+    assert max_error(infinite, infinite) == 0
+
+
+@given(st.integers(0, 1000))
+def test_divergence_is_nonnegative_and_zero_for_shifted_logits(seed):
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(seed)).double()
+    assert float(divergence(logits, logits + 3).abs().max()) < 1e-12
+    assert float(divergence(logits, logits.flip(-1)).min()) >= -1e-12
+
+
+def test_measure_of_a_program_against_itself_is_perfect():
+    program = canonical_program("llama")
+    measured = measure(program, program, program.examples[:1])
+    assert measured.sqnr_db == math.inf
+    assert measured.kl == 0
+    assert measured.top1 == 1

@@ -1,0 +1,202 @@
+"""OptimizedPretrainedModel: calls, caches, streaming, and what transformers asks of a model."""
+
+from functools import cache
+
+import pytest
+import torch
+import transformers as hf
+from transformers.cache_utils import DynamicCache
+
+import fxopt
+from fxopt.errors import InputError
+from tests.models import randomize
+from tests.zoo import ZOO
+
+RECIPE = {"passes": ["canonicalize"], "lowering": {"speed_gate": False}}
+
+
+@cache
+def pair(name: str):
+    torch.manual_seed(0)
+    model = ZOO[name]().eval()
+    randomize(model)
+    return model, fxopt.optimize(model, RECIPE, verify="fast")
+
+
+def close(a, b) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_prefill_and_decode_share_one_graph():
+    model, optimized = pair("llama")
+    ids = torch.randint(3, 99, (2, 7))
+    expected = model(input_ids=ids).logits
+    whole = optimized(input_ids=ids)
+    assert close(whole.logits, expected)
+    assert whole.past_key_values.get_seq_length() == 7
+    first = optimized(input_ids=ids[:, :4], use_cache=True)
+    cache_object = first.past_key_values
+    second = optimized(input_ids=ids[:, 4:], past_key_values=cache_object)
+    assert second.past_key_values is cache_object
+    assert close(second.logits, expected[:, 4:])
+
+
+@torch.no_grad()
+def test_defaults_mean_what_they_mean_in_the_model():
+    model, optimized = pair("bert")
+    ids = torch.randint(3, 99, (1, 1))
+    assert close(optimized(ids).last_hidden_state, model(ids).last_hidden_state)
+    mask = torch.tensor([[1, 1, 0]])
+    ids = torch.randint(3, 99, (1, 3))
+    ours, theirs = optimized(ids, mask), model(ids, mask)
+    assert close(ours.last_hidden_state[:, :2], theirs.last_hidden_state[:, :2])
+    assert isinstance(optimized(ids, return_dict=False), tuple)
+
+
+def test_results_have_the_models_type_and_no_cache_unless_wanted():
+    _, optimized = pair("llama")
+    ids = torch.randint(3, 99, (1, 3))
+    assert isinstance(optimized(ids), hf.modeling_outputs.CausalLMOutputWithPast)
+    assert optimized(ids, use_cache=False).past_key_values is None
+    assert optimized(ids, logits_to_keep=1).logits.shape == (1, 1, 99)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"labels": torch.zeros(1, 3).long()}, "labels is not available"),
+        ({"output_attentions": True}, "attention maps"),
+        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "captured on token ids"),
+        ({"atention_mask": torch.ones(1, 3)}, "Did you mean 'attention_mask'"),
+        ({"input_ids": torch.zeros(1, 3)}, "torch.float32; the program takes torch.int64"),
+        ({"attention_mask": torch.ones(2, 3).long()}, "'attention_mask'"),
+        ({"past_key_values": hf.StaticCache(hf.LlamaConfig(), 8)}, "continues DynamicCache"),
+    ],
+)
+def test_bad_calls(kwargs, message):
+    _, optimized = pair("llama")
+    inputs = {"input_ids": torch.randint(3, 99, (1, 3)), **kwargs}
+    with pytest.raises(InputError, match=message):
+        optimized(**inputs)
+
+
+def test_no_input_at_all():
+    _, optimized = pair("bert")
+    with pytest.raises(InputError, match="'input_ids'.*missing"):
+        optimized()
+
+
+def test_streaming_and_sampling():
+    model, optimized = pair("llama")
+    ids = torch.randint(3, 99, (1, 5))
+
+    class Collect:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            pass
+
+    streamer = Collect()
+    tokens = optimized.generate(ids, max_new_tokens=6, do_sample=False, streamer=streamer)
+    assert streamer.tokens == tokens[0].tolist()
+    assert optimized.can_generate()
+    assert not pair("bert")[1].can_generate()
+    del model
+
+
+def test_a_cache_of_the_original_with_dropped_tokens_is_refused():
+    model, optimized = pair("mistral")
+    ids = torch.randint(3, 99, (1, 9))
+    with torch.no_grad():
+        theirs = model(ids, use_cache=True, past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(InputError, match="has dropped old tokens"):
+        optimized(ids[:, :1], past_key_values=theirs.past_key_values)
+
+
+def test_static_caches_are_refused_by_name():
+    _, optimized = pair("llama")
+    with pytest.raises(InputError, match="cache_implementation='static'"):
+        optimized.generate(
+            torch.randint(3, 99, (1, 5)), max_new_tokens=2, cache_implementation="static"
+        )
+
+
+def test_the_encoder_runs_once_per_text():
+    model, optimized = pair("t5")
+    stages = optimized.stages
+    assert stages is not None
+    # The cross-attention keys and values of both layers are carried, not computed per token.
+    linears = [n for n in optimized.lowered.graph.nodes if "linear" in str(n.target)]
+    assert len(stages.carried) >= 5
+    assert any(stages.expands)
+    encoded = optimized.get_encoder()(input_ids=torch.randint(3, 99, (2, 6)))
+    assert encoded.last_hidden_state.shape == (2, 6, 32)
+    with pytest.raises(InputError, match="get_encoder"):
+        optimized(
+            decoder_input_ids=torch.zeros(1, 1).long(),
+            encoder_outputs=hf.modeling_outputs.BaseModelOutput(torch.zeros(1, 3, 32)),
+        )
+    del model, linears
+
+
+def test_two_optimizes_do_not_disturb_each_other():
+    torch.manual_seed(0)
+    model = ZOO["llama"]().eval()
+    ids = torch.randint(3, 99, (2, 5))
+    first = fxopt.optimize(model, RECIPE, verify="off")
+    alone = first(ids).logits
+    quantized = {"passes": ["canonicalize", {"quantize": {}}], "lowering": {"speed_gate": False}}
+    second = fxopt.optimize(model, quantized, verify="off")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert torch.equal(first(ids).logits, alone)
+    assert float(second(ids).logits.abs().sum()) > 0
+
+
+def test_bf16_models_stay_bf16():
+    torch.manual_seed(0)
+    model = ZOO["llama"]().to(torch.bfloat16).eval()
+    quantized = {
+        "passes": ["canonicalize", {"quantize": {"activations": {"granularity": "token"}}}],
+        "lowering": {"speed_gate": False},
+    }
+    optimized = fxopt.optimize(model, quantized)
+    ids = torch.randint(3, 99, (2, 5))
+    assert optimized.dtype == torch.bfloat16
+    result = optimized(ids)
+    assert result.logits.dtype == torch.bfloat16
+    with torch.no_grad():
+        error = (result.logits - model(ids).logits).float().norm() / model(
+            ids
+        ).logits.float().norm()
+    assert float(error) < 0.05
+    assert optimized.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 8)
+
+
+def test_pipelines_take_it():
+    _, optimized = pair("llama")
+    tokens = optimized.generate(torch.randint(3, 99, (1, 4)), max_new_tokens=2, do_sample=False)
+    assert tokens.shape == (1, 6)
+    assert type(optimized).__name__ == "LlamaForCausalLM"
+    assert optimized.device == torch.device("cpu")
+
+
+def test_moving_to_another_dtype_says_what_to_do():
+    _, optimized = pair("llama")
+    with pytest.raises(fxopt.FxoptError, match="optimize it again"):
+        optimized.to(torch.bfloat16)
+    assert optimized.to("cpu") is optimized
+    with pytest.raises(fxopt.FxoptError, match="does not load another state dict"):
+        optimized.load_state_dict({})
+
+
+def test_state_dict_lists_tied_names():
+    torch.manual_seed(0)
+    optimized = fxopt.optimize(ZOO["gemma3"]().eval(), RECIPE, verify="off")
+    state = optimized.state_dict()
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
