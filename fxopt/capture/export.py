@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from fxopt.errors import CaptureError
-from fxopt.ir.program import WeightTree, assign_weight
+from fxopt.ir.program import WeightTree, assign_weight, has_effect
 from fxopt.ir.signature import Dimension
 
 aten = torch.ops.aten
@@ -142,12 +142,8 @@ def _clean(
             graph.erase_node(node)
     _flatten_calling_convention(graph, names)
     _record_module_paths(graph)
-    graph.eliminate_dead_code(_is_impure)
+    graph.eliminate_dead_code(has_effect)
     return _adopt_weights(traced, module)
-
-
-def _is_impure(node: Node) -> bool:
-    return node.op in ("placeholder", "output")
 
 
 def _inline_regions(traced: GraphModule) -> None:
@@ -198,10 +194,8 @@ def _record_module_paths(graph: Graph) -> None:
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         path = str(list(stack.values())[-1][0]) if stack else ""
-        if not all(part.isidentifier() or part.isdigit() for part in path.split(".")):
-            path = ""  # a marker of the tracer, not a module
         if path.startswith("_empty_nn_module_stack"):
-            path = ""
+            path = ""  # a marker of the tracer, not a module
         kept = {key: node.meta[key] for key in ("val",) if key in node.meta}
         node.meta = {**kept, "module_path": path, "from_node": []}
 
@@ -254,14 +248,14 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def readable_dimensions(
-    graph: Graph, preferred: dict[str, tuple[str | None, ...]]
+    graph: Graph, preferred: dict[str, tuple[str | None, ...]], shared: tuple[str, ...] = ()
 ) -> dict[str, str]:
     """Names for the symbols in a graph: those asked for, then `dim0`, `dim1`, ...
 
-    `preferred` maps an input's name to the names wanted for its axes.
+    `preferred` maps an input's name to the names wanted for its axes. Two symbols get the same
+    name only if it is in `shared`: they are equal whatever the tracer could prove.
     """
     names: dict[str, str] = {}
-    taken: set[str] = set()
     for node in graph.nodes:
         if node.op != "placeholder" or not isinstance(node.meta.get("val"), Tensor):
             continue
@@ -271,10 +265,8 @@ def readable_dimensions(
             if isinstance(size, int) or not symbol.isidentifier() or symbol in names:
                 continue
             name = wanted[axis] if axis < len(wanted) else None
-            if name is None or name in taken:
-                name = f"dim{len(names)}"
-            names[symbol] = name
-            taken.add(name)
+            taken = name in names.values() and name not in shared
+            names[symbol] = f"dim{len(names)}" if name is None or taken else name
     return names
 
 

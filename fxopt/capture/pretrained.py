@@ -131,7 +131,7 @@ class _PretrainedCapture:
         graph = graph_module.graph
         wanted = dict(example.dimensions)
         wanted.update(dict.fromkeys(past, (BATCH, None, PAST, None)))
-        symbols = readable_dimensions(graph, wanted)
+        symbols = readable_dimensions(graph, wanted, shared=(PAST,))
         ignored = self._drop_ignored(graph)
         graph_module.recompile()
         names = [name for name in names if name not in ignored]

@@ -213,6 +213,12 @@ def assign_weight(root: nn.Module, name: str, value: Tensor) -> None:
         owner.register_buffer(leaf, value.detach())
 
 
+def has_effect(node: Node) -> bool:
+    """Whether a node must stay although nothing reads its result."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or bool(getattr(schema, "is_mutable", False))
+
+
 def module_path(node: Node) -> str:
     """The path of the model's module that a node came from, as the user knows it."""
     return str(node.meta.get("module_path", ""))

@@ -1,6 +1,13 @@
 """The CPU table: which kernels stand for which operators, in the order they are tried."""
 
-from fxopt.lowering.elementwise import AddLayerNorm, ApplyRope, FusedRmsNorm, GeluGate, SiluGate
+from fxopt.lowering.elementwise import (
+    AddLayerNorm,
+    ApplyRope,
+    FusedAttention,
+    FusedRmsNorm,
+    GeluGate,
+    SiluGate,
+)
 from fxopt.lowering.gated_mlp import GatedMlp
 from fxopt.lowering.quantized import (
     DynamicLinear,
@@ -23,6 +30,7 @@ ELEMENTWISE: tuple[LoweringRule, ...] = (
     FusedRmsNorm(),
     AddLayerNorm(),
     ApplyRope(),
+    FusedAttention(),
     SiluGate(),
     GeluGate(),
 )

@@ -8,7 +8,7 @@ from torch.fx import Node
 from fxopt.ir.program import Program, dtype_of, shape_of
 from fxopt.lowering.rule import LoweringRule
 from fxopt.rewrite.builder import Builder
-from fxopt.rewrite.pattern import Match, PatternOperators, Variable, argument
+from fxopt.rewrite.pattern import Match, PatternOperators, Variable, all_arguments, argument
 
 aten = torch.ops.aten
 ops = torch.ops.fxopt
@@ -138,3 +138,15 @@ class GeluGate(_GatedActivation):
     def _activation(self, match: Match) -> str:
         tanh = argument(match.active, "approximate") == "tanh"
         return "gelu_tanh" if tanh else "gelu"
+
+
+class FusedAttention(LoweringRule):
+    """`fxopt::attention` without a mask in memory, grouped heads read once."""
+
+    kernel = "fused_attention"
+
+    def pattern(self, op: PatternOperators) -> Any:
+        return op.call(ops.attention, ...)
+
+    def rewrite(self, build: Builder, match: Match) -> Node:
+        return build.call(ops.fused_attention.default, *all_arguments(match.root))

@@ -175,7 +175,9 @@ def example_value(node: Node, program: Program, shape: tuple[int, int]) -> Tenso
     sizes = [size_at(size, program, shape) for size in value.shape]
     if value.dtype.is_floating_point:
         return torch.randn(sizes).to(value.dtype)
-    return torch.zeros(sizes, dtype=value.dtype)
+    # Masks keep everything; indices point at the first row.
+    fill = torch.ones if value.dtype == torch.bool else torch.zeros
+    return fill(sizes, dtype=value.dtype)
 
 
 def size_at(size: Any, program: Program, shape: tuple[int, int]) -> int:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from fxopt.errors import LoweringError
 from fxopt.ir.legality import check_program
-from fxopt.ir.program import Level, Program, Refusal, Site
+from fxopt.ir.program import Level, Program, Refusal, Site, has_effect
 from fxopt.kernels import KERNELS, ensure_native
 from fxopt.lowering import cpu, cuda
 from fxopt.lowering.gate import SpeedGate, Timing
@@ -205,7 +205,7 @@ def _drop_leftover_quantization(lowered: Lowered) -> None:
 
 
 def _finish(program: Program) -> None:
-    program.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    program.graph.eliminate_dead_code(has_effect)
     program.remove_unused_weights()
     program.level = Level.LOWERED
     check_program(program, shapes=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxopt.analysis.calibration import Sample, collect
 from fxopt.errors import CalibrationError, ExpectationError, FxoptError, PassError
 from fxopt.ir.legality import check_program
-from fxopt.ir.program import PassRecord, Program
+from fxopt.ir.program import PassRecord, Program, has_effect
 from fxopt.passes.base import Context, Pass, PassResult
 from fxopt.pipeline.verify import Verifier
 
@@ -111,7 +111,7 @@ class Manager:
             ) from error
 
     def _finish(self, a_pass: Pass, working: Program) -> None:
-        working.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        working.graph.eliminate_dead_code(has_effect)
         working.remove_unused_weights()
         if a_pass.output_level is not None:
             working.level = max(working.level, a_pass.output_level)

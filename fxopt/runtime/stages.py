@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxopt.ir.program import Program
+from fxopt.ir.program import Program, has_effect
 from fxopt.ir.runner import Runner
 
 aten = torch.ops.aten
@@ -150,7 +150,7 @@ def _step_graph(
             sizes.copy(node)
     results = map_arg(graph.output_node().args[0], lambda n: copies[n])
     step.output(results)
-    step.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    step.eliminate_dead_code(has_effect)
     return step, tuple(names)
 
 

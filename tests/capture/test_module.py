@@ -119,3 +119,17 @@ def test_non_contiguous_examples_and_odd_sizes():
     example = torch.randn(5, 4, 3).transpose(0, 2)
     program = capture_program(nn.Linear(5, 2), (example,))
     assert program.signature.inputs[0].shape == ("batch", "dim1", 5)
+
+
+def test_an_in_place_edit_whose_result_is_not_used_is_kept():
+    class InPlace(nn.Module):
+        def forward(self, x):
+            y = x.sin()
+            y[:, 1:].add_(1)
+            return y * 2
+
+    module = InPlace()
+    x = torch.randn(3, 4)
+    program = capture_program(module, (x,))
+    assert torch.equal(program.graph_module(x)[0], module(x))
+    assert any("add_" in str(node.target) for node in program.nodes())

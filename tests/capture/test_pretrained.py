@@ -25,6 +25,7 @@ def test_a_decoder_has_its_cache_and_free_batch_and_length():
     shapes = {spec.name: spec.shape for spec in program.signature.inputs}
     assert shapes["input_ids"] == ("batch", "sequence")
     assert shapes["past_key_0"] == ("batch", 2, "past", 8)
+    assert shapes["past_value_1"] == ("batch", 2, "past", 8)
     assert program.signature.cache is not None
     assert program.signature.cache.layers == 2
     assert dict(program.signature.defaults) == {"attention_mask": "ones", "position_ids": "arange"}

@@ -15,7 +15,7 @@ behind it, and `window` those at its distance or farther. A query that sees no k
 import torch
 from torch import Tensor
 
-import fxopt.ir.operators  # noqa: F401  (defines fxopt::attention)
+import fxopt.ir.operators  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from fxopt.errors import KernelError
 from fxopt.kernels.registry import register_fake, register_reference
 
@@ -54,9 +54,7 @@ def fused_attention(
 ) -> Tensor:
     """Scaled dot-product attention; see the module's equation."""
     check_attention(q, k, v)
-    return torch.ops.fxopt.attention(
-        q, k, v, padding, mask, sinks, scale, causal, window, softcap
-    )
+    return torch.ops.fxopt.attention(q, k, v, padding, mask, sinks, scale, causal, window, softcap)
 
 
 @register_fake("fused_attention")
@@ -75,7 +73,8 @@ def _(
     del mask, sinks, scale, causal, window, softcap
     check_attention(q, k, v)
     if padding is not None:
-        torch._check(padding.size(0) == q.size(0))
-        torch._check(padding.size(1) == k.size(2))
+        check = torch._check  # pyright: ignore[reportPrivateUsage]
+        check(padding.size(0) == q.size(0))
+        check(padding.size(1) == k.size(2))
     batch, heads, length, _ = q.shape
     return q.new_empty((batch, length, heads, v.size(3))).transpose(1, 2)

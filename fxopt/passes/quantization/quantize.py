@@ -14,7 +14,7 @@ Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformer
 
 import fnmatch
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.fx import Node
@@ -90,7 +90,7 @@ class Quantize(Pass):
         """Quantize every site the patterns select."""
         sites: list[Site] = []
         refusals: list[Refusal] = []
-        done: dict[str, QuantizedWeight] = {}
+        done: dict[tuple[Any, ...], QuantizedWeight] = {}
         for node in program.nodes():
             kind = self._kind(node)
             path = module_path(node)
@@ -125,7 +125,7 @@ class Quantize(Pass):
         node: Node,
         kind: Literal["linear", "embedding"],
         context: Context,
-        done: dict[str, QuantizedWeight],
+        done: dict[tuple[Any, ...], QuantizedWeight],
     ) -> str:
         build = Builder(program, node, self.name)
         if kind == "embedding":

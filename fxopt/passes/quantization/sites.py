@@ -61,12 +61,11 @@ class ActivationChoice(Protocol):
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """The names under which a quantized weight is held, and how it was made."""
+    """The names under which a quantized weight is held."""
 
     name: str
     scale: str
     zero_point: str | None
-    choice: tuple[Any, ...]
 
 
 def weight_node(node: Node, index: int) -> Node | None:
@@ -110,7 +109,7 @@ def quantize_weight(
     node: Node,
     index: int,
     choice: WeightChoice,
-    done: dict[str, QuantizedWeight],
+    done: dict[tuple[Any, ...], QuantizedWeight],
 ) -> Node:
     """Store a weight as integers and return the node that dequantizes it.
 
@@ -123,10 +122,9 @@ def quantize_weight(
     value = program.weight(name)
     block = _weight_block(choice)
     asked = (choice.dtype, choice.symmetric, tuple(block))
-    held = done.get(name)
-    if held is None or held.choice != asked:
-        held = _store(program, node, name, value, choice, block, asked)
-        done.setdefault(name, held)
+    held = done.get((name, *asked))
+    if held is None:
+        held = done[(name, *asked)] = _store(program, name, value, choice, block)
     quantized = build.read(held.name)
     return build.call(
         torch.ops.fxopt.dequantize.default,
@@ -145,13 +143,7 @@ def _weight_block(choice: WeightChoice) -> list[int]:
 
 
 def _store(
-    program: Program,
-    node: Node,
-    name: str,
-    value: Tensor,
-    choice: WeightChoice,
-    block: list[int],
-    asked: tuple[Any, ...],
+    program: Program, name: str, value: Tensor, choice: WeightChoice, block: list[int]
 ) -> QuantizedWeight:
     ranges = SYMMETRIC_RANGE if choice.symmetric else INTEGER_RANGE
     dtype, low, high = ranges[choice.dtype]
@@ -166,7 +158,7 @@ def _store(
     if not choice.symmetric:
         program.set_weight(f"{stored}_zero_point", zero_point)
     zero = None if choice.symmetric else f"{stored}_zero_point"
-    return QuantizedWeight(stored, f"{stored}_scale", zero, asked)
+    return QuantizedWeight(stored, f"{stored}_scale", zero)
 
 
 def _free_name(program: Program, name: str) -> str:

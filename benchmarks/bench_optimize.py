@@ -1,0 +1,87 @@
+"""What `optimize` itself costs: time and peak memory for 2, 8 and 32 layers.
+
+    python benchmarks/bench_optimize.py [--layers 2 8 32] [--width 512] [--json out]
+
+Each run is a process of its own. Memory is the peak of resident memory above what is resident
+just before the call (the model included there), divided by the model's bytes, plus the model.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RUN = """
+import json, resource, sys, threading, time
+import torch, transformers as hf
+import fxopt, fxopt.kernels
+layers, width, inplace = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
+fxopt.kernels.ensure_native()
+torch.manual_seed(0)
+config = hf.LlamaConfig(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+    num_attention_heads=8, num_key_value_heads=4, vocab_size=4096, tie_word_embeddings=True)
+# What imports and the first trace cost once is not the model's.
+small = hf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+    num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
+fxopt.optimize(hf.LlamaForCausalLM(small).eval(), "w8a8-dynamic")
+model = hf.LlamaForCausalLM(config).eval()
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+before, peak, done = resident(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, resident())
+        time.sleep(0.002)
+watcher = threading.Thread(target=watch); watcher.start()
+started = time.perf_counter()
+optimized = fxopt.optimize(model, "w8a8-dynamic", inplace=inplace)
+seconds = time.perf_counter() - started
+done = True; watcher.join()
+seconds_by_pass = {r.name: r.seconds for r in optimized.report.history}
+print(json.dumps({"layers": layers, "inplace": inplace, "model_mb": size / 1e6,
+    "seconds": seconds, "peak_over_model": 1 + (peak - before) / size, "passes": seconds_by_pass}))
+"""
+
+
+def measure(layers: int, width: int, inplace: bool) -> dict[str, Any]:
+    command = [sys.executable, "-c", RUN, str(layers), str(width), str(inplace)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32])
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = [
+        measure(layers, options.width, inplace)
+        for layers in options.layers
+        for inplace in (False, True)
+    ]
+    table = Table("layers", "inplace", "model MB", "seconds", "seconds/layer", "peak / model")
+    for row in rows:
+        table.add_row(
+            str(row["layers"]),
+            str(row["inplace"]),
+            f"{row['model_mb']:.0f}",
+            f"{row['seconds']:.1f}",
+            f"{row['seconds'] / row['layers']:.2f}",
+            f"{row['peak_over_model']:.2f}",
+        )
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
