@@ -71,6 +71,7 @@ def linear_candidates(m: int, k: int, n: int, activation: str) -> Candidates:
     x, bias = torch.randn(m, k), torch.randn(n)
     weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
     scale = torch.full((n,), 0.5 / 73 / k**0.5)
+    total = weight.sum(1, dtype=torch.int32)
     dense = weight * scale[:, None]
     short, short_dense, short_bias = x.bfloat16(), dense.bfloat16(), bias.bfloat16()
     q, token_scale = ops.quantize_per_token(x)
@@ -79,7 +80,10 @@ def linear_candidates(m: int, k: int, n: int, activation: str) -> Candidates:
         "fp32 linear": lambda: function(functional.linear(x, dense, bias)),
         "bf16 linear": lambda: function(functional.linear(short, short_dense, short_bias)),
         "_int_mm alone": lambda: torch._int_mm(q, weight.T),
-        "dynamic_linear_w8a8": lambda: ops.dynamic_linear_w8a8(x, weight, scale, bias, activation),
+        "dynamic_linear_w8a8": lambda: ops.dynamic_linear_w8a8(
+            x, weight, scale, None, bias, activation
+        ),
+        "asymmetric": lambda: ops.dynamic_linear_w8a8(x, weight, scale, total, bias, activation),
         "linear_w8a8 static": lambda: ops.linear_w8a8(
             q, static, None, weight, scale, None, bias, activation, torch.float32
         ),
@@ -88,12 +92,14 @@ def linear_candidates(m: int, k: int, n: int, activation: str) -> Candidates:
     }
 
 
-def gated_mlp_candidates(tokens: int) -> Candidates:
+def gated_mlp_candidates(tokens: int, *, asymmetric: bool) -> Candidates:
     """The feed-forward block of SmolLM2-135M."""
     x = torch.randn(1, tokens, 576)
     up = torch.randint(-127, 128, (3072, 576), dtype=torch.int8)
     down = torch.randint(-127, 128, (576, 1536), dtype=torch.int8)
     up_scale, down_scale = torch.full((3072,), 3e-4), torch.full((576,), 2e-4)
+    up_sum = up.sum(1, dtype=torch.int32) if asymmetric else None
+    down_sum = down.sum(1, dtype=torch.int32) if asymmetric else None
     dense_up, dense_down = up * up_scale[:, None], down * down_scale[:, None]
 
     def eager() -> torch.Tensor:
@@ -103,7 +109,7 @@ def gated_mlp_candidates(tokens: int) -> Candidates:
     return {
         "eager fp32": eager,
         "kernel": lambda: torch.ops.fxopt.dynamic_gated_mlp_w8a8(
-            x, up, up_scale, None, down, down_scale, None, "silu"
+            x, up, up_scale, up_sum, None, down, down_scale, down_sum, None, "silu"
         ),
     }
 
@@ -158,6 +164,37 @@ def elementwise_candidates(tokens: int) -> dict[str, Candidates]:
     }
 
 
+# B, H, Hkv, S, T, D, causal, padded: decoding and prefill of SmolLM2-135M, and MiniLM-L6.
+ATTENTION_SHAPES = [
+    (1, 9, 3, 1, 100, 64, True, False),
+    (1, 9, 3, 1, 600, 64, True, False),
+    (1, 9, 3, 1, 4096, 64, True, False),
+    (1, 9, 3, 8, 600, 64, True, False),
+    (1, 9, 3, 512, 512, 64, True, False),
+    (32, 12, 12, 128, 128, 32, False, False),
+    (32, 12, 12, 128, 128, 32, False, True),
+]
+
+
+def attention_candidates(
+    b: int, h: int, kv: int, s: int, t: int, d: int, causal: bool, padded: bool
+) -> Candidates:
+    """`padded` hides some keys; else the padding is there and keeps all, or is absent."""
+    q = torch.randn(b, s, h, d).transpose(1, 2)
+    k, v = torch.randn(2, b, t, kv, d).transpose(2, 3)
+    padding = None if causal else torch.ones(b, t, dtype=torch.bool)
+    if padding is not None and padded:
+        padding[::2, t * 3 // 4 :] = False
+    args = (q, k, v, padding, None, None, d**-0.5, causal, None, None)
+    return {
+        "SDPA, no mask": lambda: functional.scaled_dot_product_attention(
+            q, k, v, is_causal=causal and s == t, enable_gqa=h != kv
+        ),
+        "fxopt::attention": lambda: KERNELS["fused_attention"].reference(*args),
+        "kernel": lambda: torch.ops.fxopt.fused_attention(*args),
+    }
+
+
 def table_of(title: str, rows: list[Row]) -> Table:
     names = list(rows[0].median)
     table = Table(title=title)
@@ -176,10 +213,15 @@ def run(seconds: float, console: Console) -> dict[str, list[Row]]:
         measure(f"{m}, {k}, {n} {activation}", linear_candidates(m, k, n, activation), seconds)
         for m, k, n, activation in track(LINEAR_SHAPES, "linear", console=console)
     ]
+    attention = [
+        measure(str(shape), attention_candidates(*shape), seconds)
+        for shape in track(ATTENTION_SHAPES, "attention", console=console)
+    ]
     others: list[Row] = []
     for tokens in track(TOKENS, "other kernels", console=console):
         problems = {
-            "dynamic_gated_mlp_w8a8": gated_mlp_candidates(tokens),
+            "dynamic_gated_mlp_w8a8": gated_mlp_candidates(tokens, asymmetric=False),
+            "the same, asymmetric": gated_mlp_candidates(tokens, asymmetric=True),
             **norm_candidates(tokens),
             **elementwise_candidates(tokens),
         }
@@ -187,7 +229,7 @@ def run(seconds: float, console: Console) -> dict[str, list[Row]]:
             measure(f"{name}, {tokens} tokens", candidates, seconds)
             for name, candidates in problems.items()
         ]
-    return {"linear": linear, "others": others}
+    return {"linear": linear, "attention": attention, "others": others}
 
 
 def main() -> None:
@@ -204,6 +246,7 @@ def main() -> None:
     with torch.inference_mode():
         results = run(arguments.seconds, Console(stderr=True))
     console.print(table_of("Linear layers: M, K, N, activation", results["linear"]))
+    console.print(table_of("Attention: B, H, Hkv, S, T, D, causal, padded", results["attention"]))
     console.print(table_of("Other kernels, SmolLM2-135M sizes", results["others"]))
     if arguments.json:
         facts = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}

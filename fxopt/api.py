@@ -20,6 +20,7 @@ from fxopt.lowering.device import move_program
 from fxopt.pipeline.data import calibration_samples, standard_texts
 from fxopt.pipeline.lowered_check import check_lowered
 from fxopt.pipeline.manager import Expectation, Manager, Progress
+from fxopt.pipeline.memory import release_freed_memory
 from fxopt.pipeline.recipe import Recipe, presets
 from fxopt.pipeline.report import Report, build_report
 from fxopt.pipeline.tokenizer import load_tokenizer
@@ -53,7 +54,8 @@ def optimize(
         calibration: inputs like the model's own, or texts where there is a tokenizer.
         target: "auto", "reference", "cpu" or "cuda"; overrides the recipe's.
         verify: "full", "fast" or "off"; overrides the recipe's.
-        inplace: give up `model`: its weights are freed when the program no longer needs them.
+        inplace: give up `model`: nothing is copied, and at the end, when every check has passed,
+            its weights are freed.
         progress: show a progress bar, or a callable that is told each stage.
 
     Returns:
@@ -81,13 +83,17 @@ def optimize(
         )
         captured = program
         program = manager.run(program, passes)
-        _part_from(model, program, inplace)
+        if not inplace:
+            _part_from(model, program)
         bytes_before = captured.byte_count()
         del captured
+        release_freed_memory()
         tell("lower")
         options = _lowering_options(resolved, target)
         lowered = lower(program, options)
         check_lowered(program, lowered, manager.verifier)
+        if inplace:
+            _consume(model)
         report = build_report(
             model, resolved, program, lowered, bytes_before, time.perf_counter() - started
         )
@@ -119,6 +125,7 @@ def load(path: str | Path, target: str = "auto") -> OptimizedModel:
     options = LoweringOptions(
         target=target if target != "auto" else settings.get("target", "auto"),
         compile=settings.get("compile"),
+        speed_gate=settings.get("speed_gate", True),
         decisions=settings.get("decisions"),
     )
     lowered = lower(stored.program, options)
@@ -130,7 +137,7 @@ def load(path: str | Path, target: str = "auto") -> OptimizedModel:
         "relower": _relower(options),
     }
     if not stored.config:
-        return _compiled(OptimizedModel(stored.program, lowered.program, **common), options)
+        return OptimizedModel(stored.program, lowered.program, **common)
     try:
         config = _config_from(stored.config)
         generation = stored.generation_config
@@ -138,10 +145,9 @@ def load(path: str | Path, target: str = "auto") -> OptimizedModel:
     except (TypeError, ValueError, KeyError) as error:
         raise LoadError(f"config.json in {path} cannot be used: {error}") from error
     name = str(stored.extra.get("class_name", "OptimizedModel"))
-    model = build_pretrained(
+    return build_pretrained(
         name, stored.program, lowered.program, config, generation_config, **common
     )
-    return _compiled(model, options)
 
 
 def recipes() -> dict[str, str]:
@@ -171,7 +177,7 @@ class _LazySamples:
                 data = standard_texts(self.settings.samples)
             self.made = calibration_samples(
                 self.signature,
-                data or (),
+                () if data is None else data,
                 self.tokenizer,
                 self.settings.samples,
                 self.settings.max_length,
@@ -213,16 +219,19 @@ def _verifier(
     )
 
 
-def _part_from(model: nn.Module, program: Program, inplace: bool) -> None:
-    """Make sure that program and model share no memory: copy, or with `inplace` take it over."""
-    if inplace:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return
+def _part_from(model: nn.Module, program: Program) -> None:
+    """Make sure that program and model share no memory."""
     theirs = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     for name, value in program.weights().items():
         if value.untyped_storage().data_ptr() in theirs:
             program.set_weight(name, value.clone())
+
+
+def _consume(model: nn.Module) -> None:
+    """Free the model's weights; those that the program still reads live on in it."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    release_freed_memory()
 
 
 def _lowering_options(recipe: Recipe, target: str) -> LoweringOptions:
@@ -248,7 +257,8 @@ def _assemble(
         "lowering": {
             "target": options.target,
             "compile": options.compile,
-            "decisions": lowered.decisions if options.speed_gate else None,
+            "speed_gate": options.speed_gate,
+            "decisions": lowered.decisions,
         },
     }
     common: dict[str, Any] = {
@@ -258,11 +268,11 @@ def _assemble(
         "relower": _relower(options),
     }
     if not isinstance(model, PreTrainedModel):
-        return _compiled(OptimizedModel(program, lowered.program, **common), options)
+        return OptimizedModel(program, lowered.program, **common)
     extra["main_input_name"] = model.main_input_name
     extra["can_generate"] = bool(model.can_generate())
     generation: Any = getattr(model, "generation_config", None)
-    optimized = build_pretrained(
+    return build_pretrained(
         type(model).__name__,
         program,
         lowered.program,
@@ -270,13 +280,6 @@ def _assemble(
         GenerationConfig.from_dict(generation.to_dict()) if generation is not None else None,
         **common,
     )
-    return _compiled(optimized, options)
-
-
-def _compiled(model: OptimizedModel, options: LoweringOptions) -> OptimizedModel:
-    if options.compile == "inductor":
-        model.runner = torch.compile(model.runner, dynamic=True)  # type: ignore[assignment]
-    return model
 
 
 def _relower(options: LoweringOptions) -> Any:

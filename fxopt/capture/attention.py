@@ -93,11 +93,11 @@ def _recognize_on_grid(
     mask_function: Callable[..., Any], local_size: int | None
 ) -> tuple[bool, int | None] | None:
     windows = [None] if local_size is None else [None, local_size, local_size + 1]
-    reach = 4 if local_size is None else 2 * local_size + 4
-    position = torch.arange(min(reach, 4096))
-    # Corners and the diagonal band tell the kinds apart; a full grid would be quadratic.
-    queries = position[[0, 1, len(position) // 2, len(position) - 1]][:, None]
-    keys = position[None, :]
+    # Positions around every edge that a window or a chunk can have tell the kinds apart; a full
+    # grid would be quadratic in the window.
+    edges = [0, 64] if local_size is None else [0, local_size, 2 * local_size, 3 * local_size]
+    position = torch.tensor(sorted({e + d for e in edges for d in range(-2, 5) if e + d >= 0}))
+    queries, keys = position[:, None], position[None, :]
     zero = torch.zeros((), dtype=torch.long)
     try:
         seen = torch.as_tensor(mask_function(zero, zero, queries, keys))

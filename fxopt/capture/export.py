@@ -60,9 +60,8 @@ def export_flat(
         )
         for name, tensor in tensors.items()
     ]
-    training = module.training
     try:
-        with _patched_forward(module, flat_forward), _evaluation(module), torch.no_grad():
+        with _patched_forward(module, flat_forward), evaluation_mode(module), torch.no_grad():
             exported = torch.export.export(
                 module,
                 tuple(tensors.values()),
@@ -74,8 +73,6 @@ def export_flat(
             )
     except Exception as error:
         raise CaptureError(_explain(error)) from error
-    finally:
-        module.train(training)
     traced: Any = exported.module(check_guards=False)
     return _clean(traced, list(tensors), module)
 
@@ -95,7 +92,8 @@ def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Generato
 
 
 @contextlib.contextmanager
-def _evaluation(module: nn.Module) -> Generator[None]:
+def evaluation_mode(module: nn.Module) -> Generator[None]:
+    """Run a module as it runs at inference, operator by operator; its modes come back after."""
     # nn.TransformerEncoderLayer and nn.MultiheadAttention jump to one opaque fused operator in
     # eval mode, which no pass could look into.
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -178,15 +176,13 @@ def _inline_regions(traced: GraphModule) -> None:
 def _flatten_calling_convention(graph: Graph, names: list[str]) -> None:
     graph.set_codegen(CodeGen())
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, name in zip(placeholders, names, strict=True):
-        node.target = node.name if node.name == name else _rename(node, name)
+    wanted = [re.sub(r"\W", "_", name) for name in names]
+    for node in graph.nodes:
+        if node.name in wanted:  # a buffer may have an input's name; the input keeps it
+            node._rename(f"{node.name}_taken")  # pyright: ignore[reportPrivateUsage]
+    for node, name in zip(placeholders, wanted, strict=True):
+        node.name = node.target = name
         node.meta["module_path"] = ""
-
-
-def _rename(node: Node, name: str) -> str:
-    identifier = re.sub(r"\W", "_", name)
-    node._rename(identifier)  # pyright: ignore[reportPrivateUsage]
-    return node.name
 
 
 def _record_module_paths(graph: Graph) -> None:

@@ -59,6 +59,7 @@ class InputFactory:
         self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         self.names: list[str] = []
         self.given: dict[str, Tensor] = {}
+        self.all_given: dict[str, Tensor] | None = None
         self.defaults: dict[str, str] = {}
         self.optional: list[str] = []
         self.past_shapes: list[tuple[int, ...]] = []
@@ -104,7 +105,8 @@ class InputFactory:
     ) -> tuple[Tensor, tuple[str | None, ...]]:
         """The user's example at another batch size and, for token ids, another length."""
         resized = take_cyclic(given, 0, sizes.batch)
-        if not name.endswith("input_ids") or given.dim() != 2:
+        tokenwise = name.endswith("input_ids") or name in _OPTIONAL
+        if not tokenwise or given.dim() != 2:
             return resized, (BATCH, *(None for _ in given.shape[1:]))
         source_side = self.encoder_decoder and not name.startswith("decoder_")
         length = sizes.source if source_side else sizes.sequence
@@ -180,8 +182,10 @@ class InputFactory:
             InputError: no combination of inputs that can be made up runs.
         """
         if given is not None:
+            self.all_given = given
             self.given = {k: v for k, v in given.items() if k not in _OPTIONAL}
             self.names = list(self.given)
+            self._try_given()
             self._discover_optional()
             return
         problems: list[str] = []
@@ -201,6 +205,16 @@ class InputFactory:
             )
         self._discover_optional()
 
+    def _try_given(self) -> None:
+        shapes = ", ".join(f"{n} {list(t.shape)} {t.dtype}" for n, t in self.given.items())
+        try:
+            self.run(self.make(Sizes(2, 7)))
+        except Exception as error:
+            raise InputError(
+                f"{type(self.model).__name__} does not run on its example_inputs ({shapes}) at "
+                f"batch 2, length 7: {type(error).__name__}: {str(error)[:200]}"
+            ) from error
+
     def _candidates(self) -> Iterator[list[str]]:
         main = self.model.main_input_name
         first = [main]
@@ -214,22 +228,52 @@ class InputFactory:
 
     def _discover_optional(self) -> None:
         sizes = Sizes(2, 7)
-        reference = self.run(self.make(sizes))
+        reference = self._reference(sizes)
         for name in _OPTIONAL:
             if name not in self.parameters:
                 continue
             for default in DEFAULTS:
-                example = self.make(sizes)
-                value, _ = self.optional_input(name, sizes, 0, default)
-                example.tensors[name] = value
-                try:
-                    result = self.run(example)
-                except Exception:
-                    continue  # this default does not fit; the next may
-                if same_tensors(reference, result) and self._takes(name, example):
+                if self._means(name, default, sizes, reference):
                     self.optional.append(name)
                     self.defaults[name] = default
+                    reference = self._reference(sizes)
                     break
+            else:
+                self._keep_given(name)
+
+    def _reference(self, sizes: Sizes) -> list[list[Tensor]]:
+        """Results with what is known so far: without padding, and padded where there is a mask."""
+        plain = self.make(sizes)
+        return [self.run(plain), self.run(self._padded(sizes))]
+
+    def _padded(self, sizes: Sizes) -> ExampleInputs:
+        example = self.make(sizes)
+        for name, value in example.tensors.items():
+            if name.endswith("attention_mask"):
+                value[-1, :2] = 0
+        return example
+
+    def _means(self, name: str, default: str, sizes: Sizes, reference: list[list[Tensor]]) -> bool:
+        """Whether leaving the input out is the same as giving it its default.
+
+        Some models work out positions from the mask, so it must hold on padded inputs as well.
+        """
+        for example, expected in zip(
+            (self.make(sizes), self._padded(sizes)), reference, strict=True
+        ):
+            example.tensors[name] = self.optional_input(name, sizes, 0, default)[0]
+            try:
+                if not same_tensors(expected, self.run(example)):
+                    return False
+            except Exception:
+                return False  # this default does not fit; the next may
+        return self._takes(name, example)
+
+    def _keep_given(self, name: str) -> None:
+        """An optional input that the user gave and no default explains is a required one."""
+        if self.all_given is not None and name in self.all_given:
+            self.given[name] = self.all_given[name]
+            self.names.append(name)
 
     def _takes(self, name: str, example: ExampleInputs) -> bool:
         """Whether the model also runs when the input says something.

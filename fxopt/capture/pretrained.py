@@ -13,7 +13,12 @@ from transformers.exporters.utils import apply_patches
 from fxopt.capture.attention import IMPLEMENTATION, attention_implementation
 from fxopt.capture.cache import cache_from_tensors, tensors_from_cache
 from fxopt.capture.check import Comparison, compare_outputs
-from fxopt.capture.export import dimensions, export_flat, readable_dimensions
+from fxopt.capture.export import (
+    dimensions,
+    evaluation_mode,
+    export_flat,
+    readable_dimensions,
+)
 from fxopt.capture.inputs import (
     BATCH,
     CAPTURE_SIZES,
@@ -47,6 +52,11 @@ def capture_pretrained(model: PreTrainedModel, tensors: dict[str, Tensor] | None
         InputError: no inputs were given and none could be made up.
         CaptureError: the model cannot be exported, or its graph differs from it.
     """
+    with evaluation_mode(model):
+        return _capture(model, tensors)
+
+
+def _capture(model: PreTrainedModel, tensors: dict[str, Tensor] | None) -> Program:
     factory = InputFactory(model)
     factory.discover(tensors)
     no_cache = factory.discover_cache()

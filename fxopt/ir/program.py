@@ -151,6 +151,12 @@ class Program:
         self.aliases = {alias: name for alias, name in self.aliases.items() if name in used}
         return unused
 
+    def release(self) -> None:
+        """Forget all weights now; a graph and its module are a cycle that is collected late."""
+        for name in self.weights():
+            owner, _, leaf = name.rpartition(".")
+            delattr(self.graph_module.get_submodule(owner), leaf)
+
     def byte_count(self) -> int:
         """Bytes of all weights and buffers, each storage counted once."""
         storages = {

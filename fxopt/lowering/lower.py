@@ -103,7 +103,7 @@ def lower(program: Program, options: LoweringOptions) -> Lowered:
     gate = SpeedGate(
         shapes=options.shapes or default_shapes(program),
         decisions=dict(options.decisions or {}),
-        enabled=options.speed_gate or options.decisions is not None,
+        enabled=options.speed_gate,
         frozen=options.decisions is not None,
     )
     if target == "cpu":

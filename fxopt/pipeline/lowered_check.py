@@ -46,7 +46,7 @@ def _compare(node: Node, result: Any, expected: Any) -> None:
     if not isinstance(result, Tensor) or not result.is_floating_point():
         return
     decibels = _decibels(rms_error(promote(result), promote(expected)))
-    if decibels < KERNEL_SQNR_DB[result.dtype]:
+    if not decibels >= KERNEL_SQNR_DB[result.dtype]:
         raise LoweringError(
             f"kernel {node.target} at {module_path(node) or node.name} differs from its reference "
             f"on the same operands: SQNR {decibels:.1f} dB, at least "
@@ -79,7 +79,7 @@ def check_lowered(program: Program, lowered: Lowered, verifier: Verifier) -> dic
     whole = verifier.natural or chosen
     measured = measure(lowered.oracle(program), lowered.program, whole)
     allowed = _allowed_decibels(program)
-    if measured.sqnr_db < allowed:
+    if not measured.sqnr_db >= allowed:
         raise LoweringError(
             f"lowering to {lowered.target!r} changed output {measured.worst_output!r}: SQNR "
             f"{measured.sqnr_db:.1f} dB against the graph it came from, at least {allowed:.1f} dB "

@@ -13,6 +13,7 @@ from fxopt.errors import CalibrationError, ExpectationError, FxoptError, PassErr
 from fxopt.ir.legality import check_program
 from fxopt.ir.program import PassRecord, Program, has_effect
 from fxopt.passes.base import Context, Pass, PassResult
+from fxopt.pipeline.memory import release_freed_memory
 from fxopt.pipeline.verify import Verifier
 
 
@@ -70,11 +71,13 @@ class Manager:
         self.progress(a_pass.name)
         started = time.perf_counter()
         working = program.clone()
+        versions = {name: value._version for name, value in program.weights().items()}
         context = Context(
             statistics=self._statistics(program, a_pass),
             progress=lambda detail: self.progress(a_pass.name, detail),
         )
         result = self._run_guarded(a_pass, working, context)
+        _refuse_in_place_edits(a_pass, program, versions)
         self._finish(a_pass, working)
         self._check_expectation(a_pass, result)
 
@@ -83,6 +86,7 @@ class Manager:
             self._finish(a_pass, twin)
             return twin
 
+        release_freed_memory()
         verification = self.verifier.judge(a_pass, program, working, result, repeat)
         record = PassRecord(
             name=a_pass.name,
@@ -97,6 +101,7 @@ class Manager:
             notes=result.notes,
         )
         working.history.append(record)
+        release_freed_memory()
         return working
 
     def _run_guarded(self, a_pass: Pass, working: Program, context: Context) -> PassResult:
@@ -162,3 +167,14 @@ class Manager:
             samples,
             lambda count: self.progress(a_pass.name, f"calibration batch {count}/{len(samples)}"),
         )
+
+
+def _refuse_in_place_edits(a_pass: Pass, program: Program, versions: Mapping[str, int]) -> None:
+    """Tensors are shared between programs and with the model: a pass must store new ones."""
+    for name, value in program.weights().items():
+        if value._version != versions[name]:
+            raise PassError(
+                f"pass {a_pass.name!r} wrote into weight {name!r} in place. The program before the "
+                "pass, and the model it came from, share that tensor, so both are changed. Store a "
+                "new tensor with program.set_weight(name, value) instead, and load the model again."
+            )

@@ -44,11 +44,11 @@ def _finite(value: float) -> float | None:
 
 
 def rms_error(a: Tensor, b: Tensor) -> float:
-    """rms(a - b) / rms(b) over the finite entries; inf where only one of them is finite."""
+    """rms(a - b) / rms(b) over the finite entries; inf where the others are not the same."""
     if b.numel() == 0:
         return 0.0
     finite = torch.isfinite(b)
-    if not torch.equal(finite, torch.isfinite(a)):
+    if not same_where_not_finite(a, b, finite):
         return math.inf
     difference = torch.where(finite, a - b, 0.0)
     scale = float(torch.where(finite, b, 0.0).square().mean().sqrt())
@@ -56,16 +56,25 @@ def rms_error(a: Tensor, b: Tensor) -> float:
 
 
 def max_error(a: Tensor, b: Tensor) -> float:
-    """The largest |a - b| / rms(b); integers must be equal."""
+    """The largest |a - b| / rms(b); integers, infinities and NaN must be equal."""
+    if a.shape != b.shape:
+        return math.inf
     if b.numel() == 0:
         return 0.0
     if not b.is_floating_point():
         return 0.0 if torch.equal(a, b) else math.inf
     finite = torch.isfinite(b)
-    if a.shape != b.shape or not torch.equal(finite, torch.isfinite(a)):
+    if not same_where_not_finite(a, b, finite):
         return math.inf
     scale = float(torch.where(finite, b, 0.0).square().mean().sqrt())
     return float(torch.where(finite, a - b, 0.0).abs().max()) / max(scale, 1e-30)
+
+
+def same_where_not_finite(a: Tensor, b: Tensor, finite: Tensor) -> bool:
+    """Whether `a` is finite where `b` is, and elsewhere the same infinity or NaN."""
+    if not torch.equal(finite, torch.isfinite(a)):
+        return False
+    return bool((finite | (a == b) | (torch.isnan(a) & torch.isnan(b))).all())
 
 
 def worst_error(outputs: list[Tensor], reference: list[Tensor]) -> tuple[float, int]:
@@ -91,13 +100,17 @@ def measure(before: Program, after: Program, inputs: Sequence[Inputs]) -> Measur
             a, b = promote(old[index]), promote(new[index])
             if not a.is_floating_point():
                 continue
-            signal[index] += float(a.square().sum())
-            noise[index] += float((a - b).square().sum())
+            finite = torch.isfinite(a)
+            if not same_where_not_finite(b, a, finite):
+                noise[index] = math.inf
+                continue
+            signal[index] += float(torch.where(finite, a, 0.0).square().sum())
+            noise[index] += float(torch.where(finite, a - b, 0.0).square().sum())
             if specs[index].name.rpartition(".")[2].endswith("logits") and a.dim() >= 2:
                 kls.append(divergence(a, b).flatten())
                 agreements.append((a.argmax(-1) == b.argmax(-1)).double().flatten())
     outputs = {
-        specs[i].name: 10 * math.log10(signal[i] / noise[i]) if noise[i] > 0 else math.inf
+        specs[i].name: _decibels(signal[i], noise[i])
         for i in range(count)
         if signal[i] > 0 or noise[i] > 0
     }
@@ -111,6 +124,13 @@ def measure(before: Program, after: Program, inputs: Sequence[Inputs]) -> Measur
         top1=float(torch.cat(agreements).mean()) if agreements else None,
         outputs=outputs,
     )
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
 def layer_decibels(
@@ -130,7 +150,8 @@ def layer_decibels(
         if old is None or not isinstance(value, Tensor) or old.shape != value.shape:
             return
         error = rms_error(promote(value), promote(old))
-        decibels[paths[node.name]] = -20 * math.log10(error) if error > 0 else None
+        known = 0 < error < math.inf
+        decibels[paths[node.name]] = -20 * math.log10(error) if known else None
 
     run(before, inputs, remember)
     run(after, inputs, compare)

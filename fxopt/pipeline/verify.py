@@ -125,12 +125,14 @@ class Verifier:
         measured = measure(before, after, chosen)
         layers = layer_decibels(before, after, chosen[0], result)
         problems: list[str] = []
+        if not measured.sqnr_db > -torch.inf:
+            problems.append("NaN or infinite values where there were none")
         floor = self.floor
-        if floor.sqnr_db is not None and measured.sqnr_db < floor.sqnr_db:
+        if floor.sqnr_db is not None and not measured.sqnr_db >= floor.sqnr_db:
             problems.append(f"SQNR {measured.sqnr_db:.1f} dB (floor {floor.sqnr_db:g} dB)")
-        if floor.top1 is not None and measured.top1 is not None and measured.top1 < floor.top1:
+        if floor.top1 is not None and measured.top1 is not None and not measured.top1 >= floor.top1:
             problems.append(f"top-1 agreement {measured.top1:.3f} (floor {floor.top1:g})")
-        if floor.kl is not None and measured.kl is not None and measured.kl > floor.kl:
+        if floor.kl is not None and measured.kl is not None and not measured.kl <= floor.kl:
             problems.append(f"KL {measured.kl:.3g} (at most {floor.kl:g})")
         if problems:
             raise QualityFloorError(

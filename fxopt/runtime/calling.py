@@ -44,13 +44,18 @@ def bind_structured(
 def _arrangements(
     signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The call as it came and, where every argument has a name, by position and by keyword."""
+    asked = (tuple(args), dict(kwargs))
     names = list(signature.parameters)
+    if len(args) > len(names) or not set(kwargs) <= set(names) - set(names[: len(args)]):
+        return [asked]
     merged = {**dict(zip(names, args, strict=False)), **kwargs}
-    positional = tuple(merged[name] for name in names if name in merged)
+    ordered = {name: merged[name] for name in names if name in merged}
     captured: Structure = signature.input_structure["items"][1]
     order = [key for key, _ in captured["items"]]
-    by_name = {name: merged[name] for name in order if name in merged}
-    return [(tuple(args), dict(kwargs)), (positional, {}), ((), by_name)]
+    if set(order) == set(merged):
+        ordered = {name: merged[name] for name in order}
+    return [asked, (tuple(ordered.values()), {}), ((), ordered)]
 
 
 def _outline(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -97,12 +102,13 @@ def bind_keywords(
                 raise InputError(f"{name} is not available: {_UNAVAILABLE[name]}.")
         elif name in known or name in ("past_key_values", "encoder_outputs"):
             bound[name] = value
-        elif isinstance(value, Tensor) or name not in signature.parameters:
+        elif value is not False:
             near = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise InputError(
                 f"unknown input {name!r}; the program takes {', '.join(known[:8])}.{hint} An input "
-                "that the model has and the program lacks must be among example_inputs at capture."
+                "that the model has and the program lacks must be among example_inputs at capture; "
+                "flags are those of the config at capture."
             )
     return bound
 
@@ -115,6 +121,7 @@ def fill_defaults(
     Raises:
         InputError: an input without a default is missing.
     """
+    convert_integers(specs, bound)
     sizes: dict[str, int] = {"past": past}
     device = None
     for spec in specs:
@@ -139,6 +146,16 @@ def fill_defaults(
         first = past if columns == "sequence" else 0
         batch = _batch(spec, sizes)
         bound[spec.name] = default_tensor(default, batch, length, first, device).to(spec.dtype)
+
+
+def convert_integers(specs: Sequence[TensorSpec], bound: dict[str, Any]) -> None:
+    """Give masks and ids the integer dtype of the program, in place; values stay the same."""
+    for spec in specs:
+        value = bound.get(spec.name)
+        if not isinstance(value, Tensor) or value.dtype == spec.dtype:
+            continue
+        if not value.is_floating_point() and not spec.dtype.is_floating_point:
+            bound[spec.name] = value.to(spec.dtype)
 
 
 def _batch(spec: TensorSpec, sizes: dict[str, int]) -> int:

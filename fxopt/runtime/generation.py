@@ -47,12 +47,14 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
     ) -> None:
         self.config = config
         self.generation_config: Any = generation_config
-        self.stages: Stages | None = None
+        self.stages: Stages | None
         super().__init__(program, lowered, **kwargs)
         self.main_input_name = str(self.extra.get("main_input_name", "input_ids"))
         self.name_or_path = str(getattr(config, "name_or_path", ""))
-        if lowered.signature.step_inputs:
-            self.stages = split_stages(lowered)
+
+    def _install(self) -> None:
+        super()._install()
+        self.stages = split_stages(self.lowered) if self.lowered.signature.step_inputs else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program on what the model would take.
@@ -106,8 +108,11 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
         return self._run_step(bound, past, source, length)
 
     def _keep_last_logits(self, result: dict[str, Any], keep: Any) -> None:
-        if isinstance(keep, int) and keep > 0 and isinstance(result.get("logits"), Tensor):
-            result["logits"] = result["logits"][:, -keep:]
+        logits = result.get("logits")
+        if isinstance(keep, Tensor) and isinstance(logits, Tensor):
+            result["logits"] = logits[:, keep]
+        elif isinstance(keep, int) and keep > 0 and isinstance(logits, Tensor):
+            result["logits"] = logits[:, -keep:]
 
     # --- encoder-decoder --------------------------------------------------------------------
 
@@ -154,9 +159,10 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
                 name = "last_hidden_state" if index == self.stages.hidden else f"carried_{index}"
                 carried.append(source[name])
         names = set(self.stages.step_inputs)
-        specs = [s for s in self.signature.inputs[: -len(past) or None] if s.name in names]
+        count = len(self.signature.inputs) - len(past)
+        specs = [s for s in self.signature.inputs[:count] if s.name in names]
         fill_defaults(self.signature, specs, bound, length)
-        bound |= dict(zip((s.name for s in self.signature.inputs[-len(past) :]), past, strict=True))
+        bound |= dict(zip((s.name for s in self.signature.inputs[count:]), past, strict=True))
         with torch.no_grad():
             steps = [bound[name] for name in self.stages.step_inputs]
             return list(self.stages.step(*carried, *steps))

@@ -40,12 +40,27 @@ class OptimizedModel(nn.Module):
         super().__init__()
         self.lowered = lowered
         self.program = program
-        self.runner: nn.Module = Runner(lowered.graph_module)
+        self.extra = dict(extra or {})
+        self.runner: nn.Module
+        self._install()
         self.report = report
         self.recipe = dict(recipe or {})
-        self.extra = dict(extra or {})
         self._relower = relower
         self.eval()
+
+    def _install(self) -> None:
+        """Make the lowered program what runs; called again whenever it changes."""
+        self.runner = Runner(self.lowered.graph_module)
+        if self.extra.get("lowering", {}).get("compile") == "inductor":
+            self.runner = torch.compile(self.runner, dynamic=True)  # type: ignore[assignment]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "OptimizedModel":
+        """Refused: `.half()`, `.cuda()` and the like must go through `.to`, which lowers again."""
+        del fn, recurse
+        raise LoweringError(
+            "an optimized model is moved with .to(device); its dtype is that of the model that "
+            "was optimized."
+        )
 
     # --- running ----------------------------------------------------------------------------
 
@@ -141,11 +156,11 @@ class OptimizedModel(nn.Module):
                 f"the program computes in {self.dtype}; to run in {dtype}, convert the original "
                 "model with .to(dtype) and optimize it again."
             )
-        if device is not None and device.type != self.device.type:
+        if device is not None and torch.device(device) != self.device:
             if self._relower is None:
                 raise LoweringError("this model was put together without a lowering to repeat.")
             self.program, self.lowered = self._relower(self.program, device)
-            self.runner = Runner(self.lowered.graph_module)
+            self._install()
         return self
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.calibration import linear_inputs
+from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, dtype_of, module_path
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
 from fxopt.passes.quantization.sites import (
@@ -42,6 +43,15 @@ class WeightOptions:
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = None
     symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.granularity == "group" and (self.group_size is None or self.group_size < 1):
+            raise RecipeError("granularity 'group' needs group_size, a positive number.")
+        if self.granularity != "group" and self.group_size is not None:
+            raise RecipeError(
+                f"group_size {self.group_size} has no meaning at granularity "
+                f"{self.granularity!r}; set granularity to 'group' or leave group_size out."
+            )
 
 
 @dataclass(frozen=True)

@@ -147,11 +147,11 @@ def _store(
 ) -> QuantizedWeight:
     ranges = SYMMETRIC_RANGE if choice.symmetric else INTEGER_RANGE
     dtype, low, high = ranges[choice.dtype]
-    ops = torch.ops.fxopt
-    scale, zero_point = ops.choose_qparams(value, block, choice.symmetric, low, high)
-    integers = ops.quantize(
-        value, scale, None if choice.symmetric else zero_point, block, dtype, low, high
-    )
+    parts = [
+        _quantize_rows(rows, choice.symmetric, block, dtype, low, high)
+        for rows in _slabs(value, block)
+    ]
+    integers, scale, zero_point = (torch.cat(column) for column in zip(*parts, strict=True))
     stored = _free_name(program, f"{name}_{choice.dtype}")
     program.set_weight(stored, integers)
     program.set_weight(f"{stored}_scale", scale)
@@ -159,6 +159,26 @@ def _store(
         program.set_weight(f"{stored}_zero_point", zero_point)
     zero = None if choice.symmetric else f"{stored}_zero_point"
     return QuantizedWeight(stored, f"{stored}_scale", zero)
+
+
+# Quantizing makes several temporaries as large as what it is given; a slab keeps them small.
+_SLAB_ELEMENTS = 1 << 18
+
+
+def _slabs(value: Tensor, block: list[int]) -> tuple[Tensor, ...]:
+    """The weight in runs of rows, where no block spans rows."""
+    if block[0] == -1:
+        return (value,)
+    return value.split(max(1, _SLAB_ELEMENTS // max(1, value.shape[1])))
+
+
+def _quantize_rows(
+    rows: Tensor, symmetric: bool, block: list[int], dtype: torch.dtype, low: int, high: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    ops = torch.ops.fxopt
+    scale, zero_point = ops.choose_qparams(rows, block, symmetric, low, high)
+    zero = None if symmetric else zero_point
+    return ops.quantize(rows, scale, zero, block, dtype, low, high), scale, zero_point
 
 
 def _free_name(program: Program, name: str) -> str:

@@ -70,7 +70,9 @@ def by_path(program: Program, target=aten.linear.default) -> dict[str, Node]:
     return {module_path(node): node for node in program.nodes(target)}
 
 
-def float_weights(program: Program, target=aten.linear.default, index: int = 1) -> dict[str, Tensor]:
+def float_weights(
+    program: Program, target=aten.linear.default, index: int = 1
+) -> dict[str, Tensor]:
     return {p: program.constant(n.args[index]) for p, n in by_path(program, target).items()}
 
 
@@ -99,9 +101,7 @@ def test_every_linear_is_a_site_and_really_stored_as_int8(name):
         assert bool((error <= scale * 0.5001).all())
     # No float copy is left: neither under the old name nor under any other.
     replaced = {t.data_ptr() for t in originals.values()}
-    replaced |= {
-        t.data_ptr() for t in float_weights(before, aten.embedding.default, 0).values()
-    }
+    replaced |= {t.data_ptr() for t in float_weights(before, aten.embedding.default, 0).values()}
     held = after.weights()
     assert not replaced & {t.data_ptr() for t in held.values()}
     freed = {id(t): t for t in before.weights().values() if t.data_ptr() in replaced}.values()
