@@ -133,8 +133,10 @@ class InputFactory:
     def _vocabulary(self) -> int:
         sizes = [getattr(config, "vocab_size", None) for config in _configs(self.model.config)]
         known = [size for size in sizes if isinstance(size, int) and size > 0]
+        if known:
+            return min(known)
         table: Any = self.model.get_input_embeddings()
-        return min(known) if known else int(table.weight.shape[0])
+        return int(table.weight.shape[0])
 
     def _dense_shape(self, name: str) -> tuple[int, ...]:
         configs = list(_configs(self.model.config))
@@ -267,7 +269,9 @@ class InputFactory:
                     return False
             except Exception:
                 return False  # this default does not fit; the next may
-        return self._takes(name, example)
+        asked = self.make(sizes)
+        asked.tensors[name] = self.optional_input(name, sizes, 0, default)[0]
+        return self._takes(name, asked)
 
     def _keep_given(self, name: str) -> None:
         """An optional input that the user gave and no default explains is a required one."""
