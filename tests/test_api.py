@@ -337,7 +337,6 @@ def test_targets_that_are_not_here(refused, target, match):
     refused(mlp(), CANONICAL, LoweringError, match, example_inputs=example(), target=target)
 
 
-@pytest.mark.xfail(strict=True, reason="the target is looked at after the model was taken over")
 def test_a_wrong_target_does_not_cost_the_model():
     model = mlp()
     before = snapshot(model)

@@ -194,11 +194,21 @@ def test_sentence_embeddings_keep_their_direction():
 
 
 @pytest.mark.model
-def test_sentence_transformers_moves_and_asks_the_model():
+@pytest.mark.xfail(
+    raises=fxopt.FxoptError, strict=True, reason="_apply refuses even a move that changes nothing"
+)
+def test_sentence_transformers_moves_the_model():
     _, _, optimized = minilm()
     sentences = SentenceTransformer(folder(), device="cpu")
     replace_model(sentences, optimized)
-    sentences.to("cpu")
+    assert sentences.to("cpu").encode(SENTENCES[0]).shape == (384,)
+
+
+@pytest.mark.model
+def test_sentence_transformers_asks_the_model():
+    _, _, optimized = minilm()
+    sentences = SentenceTransformer(folder(), device="cpu")
+    replace_model(sentences, optimized)
     sentences.eval()
     assert sentences.device == torch.device("cpu")
     assert sentences.max_seq_length == 256

@@ -4,9 +4,10 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from transformers import masking_utils
 
 from fxopt.capture import capture_program
-from fxopt.capture.attention import IMPLEMENTATION, name_activation
+from fxopt.capture.attention import IMPLEMENTATION, _recognize, name_activation
 from fxopt.capture.pretrained import capture_pretrained
 from fxopt.errors import CaptureError, InputError, ModelError
 from fxopt.rewrite.pattern import argument
@@ -160,3 +161,26 @@ def test_grouped_heads_are_not_repeated():
     for node in attentions(program):
         assert node.args[0].meta["val"].shape[1] == 4
         assert node.args[1].meta["val"].shape[1] == 2
+
+
+@pytest.mark.parametrize("window", [1, 3, 64, 4096, 8192, 32768])
+def test_windows_of_every_size_are_told_from_plain_causal(window):
+    mask = masking_utils.sliding_window_causal_mask_function(window)
+    assert _recognize(mask, window) == (True, window)
+    chunked = masking_utils.chunked_causal_mask_function(window + 1, torch.zeros(2).long())
+    assert _recognize(chunked, window + 1) is None
+    assert _recognize(masking_utils.causal_mask_function, None) == (True, None)
+    assert _recognize(masking_utils.bidirectional_mask_function, None) == (False, None)
+
+
+def test_a_model_in_training_mode_is_captured_as_it_runs_at_inference():
+    torch.manual_seed(0)
+    model = hf.BertModel(hf.BertConfig(**BASE)).train()
+    program = capture_program(model)
+    assert model.training
+    assert "attention_mask" in program.signature.defaults
+
+
+def test_positions_that_follow_the_mask_stay_inside_the_graph():
+    program = zoo_model("opt").program
+    assert "position_ids" not in {spec.name for spec in program.signature.inputs}

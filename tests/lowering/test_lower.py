@@ -589,11 +589,11 @@ def test_given_decisions_are_obeyed_without_timing(monkeypatch, decision):
         assert torch.equal(a, b)
 
 
-def test_decisions_are_obeyed_even_where_the_gate_is_off(monkeypatch):
-    program = quantized("bert")
-    made, _ = timed(monkeypatch, program, (10.0, 20.0))
-    options = LoweringOptions(target="cpu", speed_gate=False, decisions=made.decisions)
-    assert kernels(lower(program, options).program) == {}
+def test_sites_without_a_decision_are_lowered(monkeypatch):
+    """What a model saved without the gate has: no decisions, and every kernel."""
+    monkeypatch.setattr(gate, "alternate", refuse_to_time)
+    lowered = lower(quantized("bert"), LoweringOptions(target="cpu", decisions={}))
+    assert kernels(lowered.program) == COUNTS["bert"]
 
 
 def test_single_decisions_decide_single_kinds_of_site(monkeypatch):

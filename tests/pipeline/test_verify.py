@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxopt.errors import NotEquivalentError, QualityFloorError
+from fxopt.errors import NotEquivalentError, PassError, QualityFloorError
 from fxopt.ir.program import Program, Site, module_path
 from fxopt.passes.base import Context, Pass, PassResult
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
@@ -198,3 +198,31 @@ def test_measure_of_a_program_against_itself_is_perfect():
     assert measured.sqnr_db == math.inf
     assert measured.kl == 0
     assert measured.top1 == 1
+
+
+def test_measures_do_not_overlook_nan_and_opposite_infinities():
+    nan, infinite = torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.inf])
+    assert max_error(nan, infinite) == math.inf
+    assert rms_error(infinite, -infinite) == math.inf
+    program = canonical_program("llama")
+    spoilt = program.clone()
+    weight = spoilt.weight("lm_head.weight").clone()
+    weight[0] = torch.nan
+    spoilt.set_weight("lm_head.weight", weight)
+    assert measure(program, spoilt, program.examples[:1]).sqnr_db == -math.inf
+
+
+def test_a_pass_that_writes_in_place_is_refused():
+    @dataclasses.dataclass(frozen=True)
+    class InPlace(Pass):
+        name = "in-place"
+
+        def run(self, program: Program, context: Context) -> PassResult:
+            with torch.no_grad():
+                program.weight("model.norm.weight").mul_(2)
+            return PassResult((Site("model.norm", "doubled"),))
+
+    program = canonical_program("llama")
+    program.set_weight("model.norm.weight", program.weight("model.norm.weight").clone())
+    with pytest.raises(PassError, match="'in-place' wrote into weight 'model.norm.weight'"):
+        manager_for(program).run(program, [InPlace()])

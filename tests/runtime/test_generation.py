@@ -200,3 +200,39 @@ def test_state_dict_lists_tied_names():
     optimized = fxopt.optimize(ZOO["gemma3"]().eval(), RECIPE, verify="off")
     state = optimized.state_dict()
     assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+
+
+def test_reloading_without_the_gate_runs_the_same_kernels(tmp_path):
+    torch.manual_seed(0)
+    model = ZOO["bert"]().eval()
+    recipe = {**fxopt.Recipe.resolve("w8a8-dynamic").to_dict(), "lowering": {"speed_gate": False}}
+    optimized = fxopt.optimize(model, recipe, verify="fast")
+    optimized.save_pretrained(tmp_path / "saved")
+    again = fxopt.load(tmp_path / "saved")
+    ids = torch.randint(3, 99, (2, 7))
+    assert torch.equal(again(ids).last_hidden_state, optimized(ids).last_hidden_state)
+
+
+def test_an_encoder_decoder_without_cache_generates():
+    torch.manual_seed(0)
+    model = ZOO["t5"]().eval()
+    model.config.use_cache = False
+    optimized = fxopt.optimize(model, RECIPE, verify="off")
+    assert optimized.signature.cache is None
+    ids = torch.randint(3, 99, (2, 6))
+    expected = hf.GenerationMixin.generate(model, ids, max_new_tokens=5, use_cache=False)
+    tokens = optimized.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(tokens, expected)
+
+
+def test_masks_of_other_integer_dtypes_and_flags():
+    _, optimized = pair("bert")
+    ids = torch.randint(3, 99, (2, 5))
+    mask = torch.ones(2, 5)
+    expected = optimized(ids, mask.long()).last_hidden_state
+    assert torch.equal(optimized(ids, mask.bool()).last_hidden_state, expected)
+    assert torch.equal(optimized(ids, mask.int()).last_hidden_state, expected)
+    with pytest.raises(InputError, match="'output_router_logits'"):
+        pair("mixtral")[1](ids, output_router_logits=True)
+    with pytest.raises(fxopt.FxoptError, match=r"\.to\(device\)"):
+        optimized.half()

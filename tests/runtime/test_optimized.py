@@ -83,3 +83,17 @@ def test_inplace_frees_the_model():
     optimized = fxopt.optimize(module, RECIPE, example_inputs=(x,), inplace=True)
     assert torch.equal(optimized(x), expected)
     assert all(parameter.numel() == 0 for parameter in module.parameters())
+
+
+def test_arguments_that_were_not_captured_are_not_dropped():
+    class Masked(nn.Module):
+        def forward(self, x, mask=None):
+            return x if mask is None else x * mask
+
+    x = torch.randn(2, 3)
+    optimized = fxopt.optimize(Masked(), RECIPE, example_inputs={"x": x})
+    assert torch.equal(optimized(x), x)
+    with pytest.raises(InputError, match="does not fit"):
+        optimized(x=x, mask=torch.zeros(2, 3))
+    with pytest.raises(InputError, match="does not fit"):
+        optimized(x=x, msak=torch.zeros(2, 3))
