@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from fxopt.analysis.calibration import Sample
 from fxopt.capture import capture_program
-from fxopt.errors import LoadError
+from fxopt.errors import LoadError, RecipeError
 from fxopt.ir.diff import Diff
 from fxopt.ir.diff import diff as diff_programs
 from fxopt.ir.program import Program
@@ -66,6 +66,8 @@ def optimize(
     """
     resolved = Recipe.resolve(recipe)
     passes = resolved.build()
+    if verify not in (None, "full", "fast", "off"):
+        raise RecipeError(f"verify={verify!r}; choose 'full', 'fast' or 'off'.")
     with bar(progress, len(passes)) as tell:
         started = time.perf_counter()
         tell("capture")

@@ -251,16 +251,7 @@ def test_missing_calibration(refused):
         (["some text"], CalibrationError, r"no tokenizer.*tokenizer\(text"),
         ([(torch.full((2, 3, 16), torch.nan),)], CalibrationError, "NaN or infinity"),
         ([{"y": torch.randn(2, 3, 16)}], InputError, "does not fit the captured signature"),
-        pytest.param(
-            [(torch.randn(2, 3, 17),)],
-            FxoptError,
-            "16",
-            marks=pytest.mark.xfail(
-                raises=RuntimeError,
-                strict=True,
-                reason="calibration inputs of plain modules are not checked by the signature",
-            ),
-        ),
+        ([(torch.randn(2, 3, 17),)], FxoptError, "16"),
     ],
     ids=["empty", "text", "nan", "name", "shape"],
 )
@@ -345,7 +336,6 @@ def test_a_wrong_target_does_not_cost_the_model():
     assert_untouched(model, before)
 
 
-@pytest.mark.xfail(strict=True, reason="any word is taken; anything but full and off means fast")
 def test_a_verify_mode_that_does_not_exist(refused):
     refused(mlp(), CANONICAL, FxoptError, "full", example_inputs=example(), verify="fulll")
 

@@ -149,9 +149,6 @@ def test_classification_reads_the_labels_of_the_config():
         assert a["score"] == pytest.approx(b["score"], abs=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the link `kernels` in the root shadows the package transformers asks for"
-)
 def test_transformers_may_be_imported_first():
     """In a clone, where Python puts the working directory on the path."""
     code = "from transformers import PreTrainedModel; import fxopt"
@@ -194,9 +191,6 @@ def test_sentence_embeddings_keep_their_direction():
 
 
 @pytest.mark.model
-@pytest.mark.xfail(
-    raises=fxopt.FxoptError, strict=True, reason="_apply refuses even a move that changes nothing"
-)
 def test_sentence_transformers_moves_the_model():
     _, _, optimized = minilm()
     sentences = SentenceTransformer(folder(), device="cpu")

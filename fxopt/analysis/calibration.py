@@ -89,7 +89,8 @@ def real_rows(value: Tensor, tokens: Tensor | None) -> Tensor:
     """An activation as rows [tokens, channels], padding left out where it can be told."""
     if value.dim() < 2:
         return value.reshape(1, -1)
-    if tokens is not None and value.shape[:2] == tokens.shape:
+    # A pooled activation [B, d] has no token axis, even where d happens to be the length.
+    if tokens is not None and value.dim() >= 3 and value.shape[:2] == tokens.shape:
         value = value[tokens]
     return value.reshape(-1, value.shape[-1])
 

@@ -18,22 +18,25 @@ here; put a test in `tests/kernels/test_<operator>.py`. A cpu.cpp is found by it
 the headers of `fxopt/kernels/native` and ends in `TORCH_LIBRARY_IMPL(fxopt, CPU, m)`.
 """
 
-from fxopt.kernels import (
-    add_layer_norm,
-    apply_rope,
-    dynamic_gated_mlp_w8a8,
-    dynamic_linear_w8a8,
-    embedding_int8,
-    fused_attention,
-    fused_rms_norm,
-    gated_activation,
-    linear_w8a8,
-    linear_w8a16,
-    quantize_per_token,
-)
-from fxopt.kernels.activation import ACTIVATIONS
-from fxopt.kernels.native.build import NativeStatus, ensure_native, native_status
-from fxopt.kernels.registry import KERNELS, Kernel
+# transformers looks for a package called `kernels` and, in a checkout, finds the link in the root.
+# It then reads this file under that name; importing anything here would be a cycle through it.
+if __name__ == "fxopt.kernels":
+    from fxopt.kernels import (
+        add_layer_norm,
+        apply_rope,
+        dynamic_gated_mlp_w8a8,
+        dynamic_linear_w8a8,
+        embedding_int8,
+        fused_attention,
+        fused_rms_norm,
+        gated_activation,
+        linear_w8a8,
+        linear_w8a16,
+        quantize_per_token,
+    )
+    from fxopt.kernels.activation import ACTIVATIONS
+    from fxopt.kernels.native.build import NativeStatus, ensure_native, native_status
+    from fxopt.kernels.registry import KERNELS, Kernel
 
 __all__ = [
     "ACTIVATIONS",

@@ -63,7 +63,9 @@ def _sample(signature: Signature, entry: Any) -> Sample:
     args, kwargs = ((), entry) if isinstance(entry, Mapping) else (_as_tuple(entry), {})
     if signature.cache is not None or signature.defaults:
         return Sample(keyword_inputs(signature, kwargs, args))
-    return Sample(bind_structured(signature, args, kwargs))
+    tensors = bind_structured(signature, args, kwargs)
+    signature.check(tensors)
+    return Sample(tensors)
 
 
 def _as_tuple(entry: Any) -> tuple[Any, ...]:

@@ -55,12 +55,10 @@ class OptimizedModel(nn.Module):
             self.runner = torch.compile(self.runner, dynamic=True)  # type: ignore[assignment]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "OptimizedModel":
-        """Refused: `.half()`, `.cuda()` and the like must go through `.to`, which lowers again."""
-        del fn, recurse
-        raise LoweringError(
-            "an optimized model is moved with .to(device); its dtype is that of the model that "
-            "was optimized."
-        )
+        """What `.half()`, `.cuda()` or a parent's `.to` do to every tensor goes through `.to`."""
+        del recurse
+        moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        return self.to(device=moved.device, dtype=moved.dtype)
 
     # --- running ----------------------------------------------------------------------------
 

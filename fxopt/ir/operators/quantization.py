@@ -33,8 +33,9 @@ def _check_blocks(x: Tensor, block: Any) -> None:
 
 def _blocked(x: Tensor, block: Any) -> tuple[Tensor, list[int]]:
     shape: list[int] = []
-    for count, length in zip(block_counts(x.shape, block), x.shape, strict=True):
-        shape += [count, length // max(count, 1)]
+    counts = block_counts(x.shape, block)
+    for count, length, size in zip(counts, x.shape, block, strict=True):
+        shape += [count, length if size == -1 else size]
     return x.reshape(shape), list(range(1, 2 * x.dim(), 2))
 
 
@@ -49,6 +50,9 @@ def _choose_qparams(
 ) -> tuple[Tensor, Tensor]:
     _check_blocks(x, block)
     compute = torch.promote_types(x.dtype, torch.float32)
+    if x.numel() == 0:
+        counts = block_counts(x.shape, block)
+        return x.new_ones(counts, dtype=compute), x.new_zeros(counts, dtype=torch.int32)
     blocked, axes = _blocked(x.detach().to(compute), block)
     counts = block_counts(x.shape, block)
     if symmetric:

@@ -538,9 +538,6 @@ def test_statistics_are_per_channel_over_real_tokens_of_all_batches():
     assert set(statistics["minimum"]) == {n.name for n in linear_inputs(program)}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="rows [batch, channels] are masked like [batch, length] where sizes agree"
-)
 def test_pooled_rows_are_not_taken_for_tokens():
     """A classifier's input is [batch, width]; the mask is [batch, length] of the same shape."""
     pooled = torch.randn(2, 8)
