@@ -15,7 +15,7 @@ from fxopt.errors import LoadError, RecipeError
 from fxopt.ir.diff import Diff
 from fxopt.ir.diff import diff as diff_programs
 from fxopt.ir.program import Program
-from fxopt.lowering import Lowered, LoweringOptions, lower
+from fxopt.lowering import Lowered, LoweringOptions, lower, resolve_target
 from fxopt.lowering.device import move_program
 from fxopt.pipeline.data import calibration_samples, standard_texts
 from fxopt.pipeline.lowered_check import check_lowered
@@ -54,8 +54,8 @@ def optimize(
         calibration: inputs like the model's own, or texts where there is a tokenizer.
         target: "auto", "reference", "cpu" or "cuda"; overrides the recipe's.
         verify: "full", "fast" or "off"; overrides the recipe's.
-        inplace: give up `model`: nothing is copied, and at the end, when every check has passed,
-            its weights are freed.
+        inplace: give up `model`: nothing is copied, and its weights are freed when every pass
+            has been verified, before the program is lowered.
         progress: show a progress bar, or a callable that is told each stage.
 
     Returns:
@@ -72,6 +72,8 @@ def optimize(
         started = time.perf_counter()
         tell("capture")
         program = capture_program(model, example_inputs)
+        options = _lowering_options(resolved, target)
+        resolve_target(program, options.target)  # refused now, before anything is given up
         tokenizer = _tokenizer_of(model)
         samples = _LazySamples(program, resolved, calibration, tokenizer)
         manager = Manager(
@@ -85,17 +87,16 @@ def optimize(
         )
         captured = program
         program = manager.run(program, passes)
-        if not inplace:
+        if inplace:
+            _consume(model)
+        else:
             _part_from(model, program)
         bytes_before = captured.byte_count()
         del captured
         release_freed_memory()
         tell("lower")
-        options = _lowering_options(resolved, target)
         lowered = lower(program, options)
         check_lowered(program, lowered, manager.verifier)
-        if inplace:
-            _consume(model)
         report = build_report(
             model, resolved, program, lowered, bytes_before, time.perf_counter() - started
         )

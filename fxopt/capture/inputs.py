@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fxopt.capture.cache import tensors_from_cache
+from fxopt.capture.tensors import output_tensors, same_tensors, take_cyclic
 from fxopt.errors import CaptureError, InputError
 from fxopt.ir.signature import default_tensor
 
@@ -340,33 +341,3 @@ def _first(configs: list[Any], *keys: str) -> int | None:
 
 def _pools_at_end(model: nn.Module) -> bool:
     return not bool(getattr(model, "can_generate", lambda: False)())
-
-
-def output_tensors(value: Any) -> list[Tensor]:
-    """Every tensor in a model's result, in order; caches are left out."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [
-            tensor
-            for key, item in value.items()
-            if key != "past_key_values"
-            for tensor in output_tensors(item)
-        ]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in output_tensors(item)]
-    return []
-
-
-def same_tensors(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Equal up to the order of floating-point operations."""
-    return len(a) == len(b) and all(
-        x.shape == y.shape and torch.allclose(x.float(), y.float(), rtol=1e-4, atol=1e-5)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def take_cyclic(tensor: Tensor, axis: int, size: int) -> Tensor:
-    """The tensor at another size along one axis, its entries repeated in order."""
-    index = torch.arange(size, device=tensor.device) % max(tensor.shape[axis], 1)
-    return tensor.detach().index_select(axis, index)

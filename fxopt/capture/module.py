@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from fxopt.capture.check import Comparison, compare_outputs
 from fxopt.capture.export import dimensions, export_flat, readable_dimensions
-from fxopt.capture.inputs import take_cyclic
+from fxopt.capture.tensors import take_cyclic
 from fxopt.errors import CaptureError, InputError
 from fxopt.ir.program import Program
 from fxopt.ir.signature import Signature, TensorSpec
