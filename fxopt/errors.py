@@ -25,6 +25,10 @@ class IllegalGraphError(FxoptError):
     """A graph holds what its level does not allow, or its recorded shapes are wrong."""
 
 
+class AnalysisError(FxoptError):
+    """A question about a program cannot be answered, or a rule table contradicts itself."""
+
+
 class RecipeError(FxoptError):
     """A recipe has an unknown key, a wrong value, or passes in an order that cannot work."""
 

@@ -24,23 +24,46 @@ class Sample:
 
 @dataclass
 class Statistics:
-    """Running minimum and maximum of each watched tensor, and how many tokens were seen."""
+    """What is known so far of each watched tensor, and how many tokens were seen."""
 
     low: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     high: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    total: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # sum of |x|, float64
+    count: dict[str, int] = field(default_factory=dict[str, int])
+    rows: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
     tokens: int = 0
+
+    def add(self, name: str, rows: Tensor, keep: int) -> None:
+        """Take in rows [n, channels]; `keep` of them, evenly spaced, are kept as they are."""
+        low, high = torch.aminmax(rows.float(), dim=0)
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            raise CalibrationError(
+                f"calibration data drives {name!r} to NaN or infinity. Check the data and "
+                "the model's dtype."
+            )
+        known = name in self.low
+        self.low[name] = torch.minimum(self.low[name], low) if known else low
+        self.high[name] = torch.maximum(self.high[name], high) if known else high
+        total = rows.abs().sum(0, dtype=torch.float64)
+        self.total[name] = self.total[name] + total if known else total
+        self.count[name] = self.count.get(name, 0) + len(rows)
+        if keep:
+            chosen = torch.linspace(0, len(rows) - 1, min(keep, len(rows))).long()
+            self.rows.setdefault(name, []).append(rows[chosen].float())
 
 
 def collect(
     program: Program,
     nodes: Iterable[Node],
-    samples: Iterable[Sample],
+    samples: Sequence[Sample],
     progress: Callable[[int], None] = lambda _: None,
+    rows: int = 0,
 ) -> Mapping[str, Mapping[str, Tensor]]:
     """Observe the outputs of `nodes` per channel (last axis) over real tokens only.
 
     Returns:
-        {"minimum": {node: [channels]}, "maximum": {node: [channels]}}.
+        {"minimum", "maximum", "mean_abs": {node: [channels]}, "rows": {node: [at most about
+        `rows`, channels]}}; the rows are spread evenly over the data.
 
     Raises:
         CalibrationError: there was no data, or an activation was not finite.
@@ -48,7 +71,7 @@ def collect(
     wanted = {node.name for node in nodes}
     statistics = Statistics()
     for index, sample in enumerate(samples):
-        _observe(program, wanted, sample, statistics)
+        _observe(program, wanted, sample, statistics, -(-rows // max(1, len(samples))))
         progress(index + 1)
     if not statistics.tokens:
         raise CalibrationError(
@@ -56,27 +79,26 @@ def collect(
             "calibration=[...] with inputs like those of the model, or texts where there is a "
             "tokenizer."
         )
-    return {"minimum": statistics.low, "maximum": statistics.high}
+    mean = {name: total / statistics.count[name] for name, total in statistics.total.items()}
+    kept = {name: torch.cat(parts) for name, parts in statistics.rows.items()}
+    return {
+        "minimum": statistics.low,
+        "maximum": statistics.high,
+        "mean_abs": mean,
+        "rows": kept,
+    }
 
 
-def _observe(program: Program, wanted: set[str], sample: Sample, statistics: Statistics) -> None:
+def _observe(
+    program: Program, wanted: set[str], sample: Sample, statistics: Statistics, keep: int
+) -> None:
     def watch(node: Node, value: object) -> None:
         if node.name not in wanted or not isinstance(value, Tensor):
             return
         rows = real_rows(value, sample.tokens)
         if rows.numel() == 0:
             return
-        low, high = torch.aminmax(rows.float(), dim=0)
-        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-            raise CalibrationError(
-                f"calibration data drives {node.name!r} to NaN or infinity. Check the data and "
-                "the model's dtype."
-            )
-        known = node.name in statistics.low
-        statistics.low[node.name] = torch.minimum(statistics.low[node.name], low) if known else low
-        statistics.high[node.name] = (
-            torch.maximum(statistics.high[node.name], high) if known else high
-        )
+        statistics.add(node.name, rows, keep)
 
     run(program, sample.inputs, watch)
     if sample.tokens is not None:

@@ -27,13 +27,24 @@ class PassResult:
     sites: tuple[Site, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+    # How a cache in the old basis is brought to the new one, by the name of the graph input. A
+    # cache is state: its basis may change as long as what goes in fits what comes out.
+    state: Mapping[str, Callable[[Tensor], Tensor]] = field(
+        default_factory=dict[str, Callable[[Tensor], Tensor]]
+    )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A statistic of activations that a pass needs gathered before it runs."""
+    """A statistic of activations that a pass needs gathered before it runs.
+
+    Attributes:
+        statistic: "minimum", "maximum", "mean_abs" or "rows".
+        rows: for "rows": how many tokens are kept of each activation.
+    """
 
     statistic: str
+    rows: int = 0
 
 
 @dataclass

@@ -35,7 +35,9 @@ class Divergence:
         )
 
 
-def first_divergence(before: Program, after: Program, inputs: Inputs, output: int) -> Divergence:
+def first_divergence(
+    before: Program, after: Program, inputs: Inputs, inputs_after: Inputs, output: int
+) -> Divergence:
     """Find where a wrong rewrite begins.
 
     Nodes of the same name are compared. A correct rewrite may change values between two
@@ -59,7 +61,7 @@ def first_divergence(before: Program, after: Program, inputs: Inputs, output: in
         if not error <= EQUIVALENT_FLOAT64:
             differing[node.name] = _divergence(node, old, value, error)
 
-    run_float64(after, inputs, compare)
+    run_float64(after, inputs_after, compare)
     results: Any = after.graph.output_node().args[0]
     reached = _upstream_differing(results[output], differing, set(seen))
     for node in after.graph.nodes:

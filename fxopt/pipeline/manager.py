@@ -81,10 +81,10 @@ class Manager:
         self._finish(a_pass, working)
         self._check_expectation(a_pass, result)
 
-        def repeat(twin: Program) -> Program:
-            a_pass.run(twin := twin.clone(), context)
+        def repeat(twin: Program) -> tuple[Program, PassResult]:
+            outcome = a_pass.run(twin := twin.clone(), context)
             self._finish(a_pass, twin)
-            return twin
+            return twin, outcome
 
         release_freed_memory()
         verification = self.verifier.judge(a_pass, program, working, result, repeat)
@@ -166,6 +166,7 @@ class Manager:
             a_pass.observed(program),
             samples,
             lambda count: self.progress(a_pass.name, f"calibration batch {count}/{len(samples)}"),
+            rows=max(need.rows for need in a_pass.needs()),
         )
 
 

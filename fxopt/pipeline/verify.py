@@ -15,6 +15,7 @@ from fxopt.ir.program import Program, Site
 from fxopt.passes.base import Exactness, Pass, PassResult
 from fxopt.pipeline.attribution import first_divergence, guilty_site
 from fxopt.pipeline.measure import Inputs, layer_decibels, measure, rms_error, worst_error
+from fxopt.pipeline.state_basis import StateBasis
 from fxopt.pipeline.tolerances import (
     EQUIVALENT_FLOAT64,
     NOISE_FLOOR,
@@ -22,6 +23,10 @@ from fxopt.pipeline.tolerances import (
     ROUNDED_WEIGHTS,
     TWIN_BYTES,
 )
+
+
+# Runs the pass once more, on another program.
+Repeat = Callable[[Program], tuple[Program, PassResult]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Verifier:
         before: Program,
         after: Program,
         result: PassResult,
-        repeat: Callable[[Program], Program],
+        repeat: Repeat,
     ) -> dict[str, Any]:
         """Compare a program before and after a pass; `repeat` runs the pass on another program.
 
@@ -81,7 +86,7 @@ class Verifier:
         before: Program,
         after: Program,
         result: PassResult,
-        repeat: Callable[[Program], Program],
+        repeat: Repeat,
     ) -> dict[str, Any]:
         chosen = self.inputs if self.mode == "full" else self.inputs[:1]
         case = _Case(a_pass, before, after, result)
@@ -94,15 +99,17 @@ class Verifier:
 
     def _float64(self, case: "_Case", inputs: Inputs) -> float:
         reference = run_float64(case.before, inputs)
-        outputs = run_float64(case.after, inputs)
+        outputs = run_float64(case.after, case.state.inputs([promote(value) for value in inputs]))
+        reference = case.state.outputs(reference)
         error, index = worst_error(outputs, reference)
         if not error <= case.tolerance:
             raise _not_equivalent(case, inputs, index, error, f"{case.tolerance:g}", "float64")
         return error
 
     def _own_dtype(self, case: "_Case", inputs: Inputs) -> float:
-        reference = run_float64(case.before, inputs)
-        old, new = run(case.before, inputs), run(case.after, inputs)
+        reference = case.state.outputs(run_float64(case.before, inputs))
+        old = case.state.outputs(run(case.before, inputs))
+        new = run(case.after, case.state.inputs(inputs))
         worst = 0.0
         for index, (a, b, exact) in enumerate(zip(old, new, reference, strict=True)):
             if not a.is_floating_point():
@@ -153,8 +160,13 @@ class _Case:
     result: PassResult
     tolerance: float = EQUIVALENT_FLOAT64
 
+    @property
+    def state(self) -> StateBasis:
+        """How the caches of both programs correspond."""
+        return StateBasis(self.before, self.result)
 
-def _float64_case(case: _Case, repeat: Callable[[Program], Program]) -> _Case:
+
+def _float64_case(case: _Case, repeat: Repeat) -> _Case:
     """The case to judge in float64.
 
     A pass that edits floating weights rounds them to the model's dtype. It is repeated on a
@@ -176,7 +188,10 @@ def _float64_case(case: _Case, repeat: Callable[[Program], Program]) -> _Case:
         rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
         return dataclasses.replace(case, tolerance=ROUNDED_WEIGHTS * rounding)
     twin = promote_program(case.before)
-    return dataclasses.replace(case, before=twin, after=repeat(twin))
+    after_twin, result = repeat(twin)
+    # The sites are those of the pass itself; a cache follows the factors chosen on the twin.
+    exact = dataclasses.replace(case.result, state=result.state)
+    return dataclasses.replace(case, before=twin, after=after_twin, result=exact)
 
 
 def _same_values(value: Tensor, other: Tensor | None) -> bool:
@@ -191,7 +206,8 @@ def _same_values(value: Tensor, other: Tensor | None) -> bool:
 def _not_equivalent(
     case: _Case, inputs: Inputs, output: int, error: float, allowed: str, dtype: str
 ) -> NotEquivalentError:
-    found = first_divergence(case.before, case.after, inputs, output)
+    moved = case.state.inputs([promote(value) for value in inputs])
+    found = first_divergence(case.before, case.after, inputs, moved, output)
     site = guilty_site(found, case.result, case.after)
     name = case.before.signature.outputs[output].name
     shapes = [list(tensor.shape) for tensor in inputs[:2]]

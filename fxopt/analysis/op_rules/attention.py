@@ -1,0 +1,132 @@
+"""Attention and rotary embedding."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from fxopt.analysis.op_rules.broadcast import FACTORS
+from fxopt.analysis.op_rules.registry import op_rule
+from fxopt.analysis.relations import FIXED, Entry, Kind, Labels, Relations, Unit, sizes
+
+fxopt = torch.ops.fxopt
+
+
+@op_rule(fxopt.attention.default)
+def attention(relations: Relations, node: Node) -> Labels:
+    """softmax(q k^T) v: channels of q and k change inversely, those of v pass, heads move together.
+
+    A kv head is read by H / Hkv query heads: what changes in it is tied over them.
+    """
+    q, k, v, padding, mask, sinks = node.args[:6]
+    grids = [_heads(relations, x) for x in (q, k, v)]
+    if relations.kind is Kind.CENTRE:
+        for grid in grids:
+            relations.fix(grid, "attention reads its mean")
+        return relations.fixed(4)
+    for word, grid in zip(("query_key", "query_key", "value"), grids, strict=True):
+        relations.tag(grid, word)
+    if padding is not None:
+        relations.fix(relations.labels(padding), "it says which tokens are real")
+    if relations.unit is not Unit.CHANNEL and relations.kind not in FACTORS:
+        return _move_heads(relations, grids, mask, sinks)
+    for extra in (mask, sinks):
+        if extra is not None:
+            relations.fix(relations.labels(extra), "it belongs to the heads as they stand")
+    return _move_channels(relations, grids)
+
+
+def _heads(relations: Relations, x: Any) -> Labels:
+    """The labels [heads, channels] of q, k or v; they may not depend on the token."""
+    labels = relations.labels(x)
+    for axis in (0, 2):
+        labels = relations.collapse(labels, axis)
+    heads, channels = sizes(x)[1], sizes(x)[3]
+    if heads is None or channels is None:
+        relations.fix(labels, "the number of its heads varies")
+        return np.full((labels.shape[1], labels.shape[3]), FIXED, dtype=np.int64)
+    return np.broadcast_to(labels[0, :, 0, :], (heads, channels))
+
+
+def _move_channels(relations: Relations, grids: list[Labels]) -> Labels:
+    q, k, v = grids
+    group = q.shape[0] // k.shape[0]
+    relations.couple(q, np.repeat(k, group, 0), inverse=relations.kind is Kind.SCALE)
+    out = np.repeat(v, group, 0)
+    for grid in (q, k, v, out):
+        relations.row(grid)
+    return out[None, :, None, :]
+
+
+def _move_heads(relations: Relations, grids: list[Labels], mask: Any, sinks: Any) -> Labels:
+    """Labels per head: query heads of one kv head change places, or whole groups do."""
+    q, k, v = (relations.collapse(grid, 1)[:, 0] for grid in grids)
+    group = q.size // k.size
+    relations.couple(k, v)
+    whole = relations.unit is Unit.GROUP or group == 1
+    if whole:
+        relations.couple(q, np.repeat(k, group))
+        relations.row(k[None])
+    else:
+        relations.fix(k, "a kv head moves only with its whole group")
+        relations.row(q.reshape(-1, group))
+    for extra, axis in ((mask, 1), (sinks, 0)):
+        if extra is not None:
+            _per_head(relations, relations.labels(extra), sizes(extra), axis, q)
+    relations.tag(q, "heads")
+    return q[None, :, None, None]
+
+
+def _per_head(
+    relations: Relations, labels: Labels, shape: list[int | None], axis: int, q: Labels
+) -> None:
+    """What is added to the scores moves with the heads, unless it is the same for all."""
+    if shape[axis] == 1:
+        return
+    for other in range(labels.ndim):
+        if other != axis:
+            labels = relations.collapse(labels, other)
+    relations.couple(labels.reshape(-1), q, why="a mask or bias belongs to the head")
+
+
+@op_rule(fxopt.rope.default)
+def rope(relations: Relations, node: Node) -> Labels:
+    """Rotate pairs of channels: one factor per pair; pairs change places with their cos and sin."""
+    x, cos, sin, interleaved = node.args
+    labels = relations.labels(x)
+    for table in (cos, sin):
+        relations.fix(relations.labels(table), "angles belong to positions")
+    rotary = int(cos.meta["val"].shape[-1])  # type: ignore[union-attr]
+    if labels.shape[-1] == 1 and relations.unit is not Unit.CHANNEL:
+        return labels  # all heads turn by the same angles
+    wide = np.broadcast_to(labels, [*labels.shape[:-1], sizes(x)[-1]])  # type: ignore[list-item]
+    turned = wide[..., :rotary]
+    if relations.kind in (Kind.ROTATE, Kind.CENTRE):
+        relations.fix(turned, "rotary embedding turns pairs of channels by their own angles")
+        return wide
+    first, second = (
+        (turned[..., ::2], turned[..., 1::2])
+        if interleaved
+        else (turned[..., : rotary // 2], turned[..., rotary // 2 :])
+    )
+    relations.couple(first, second)
+    if relations.kind in FACTORS:
+        return wide
+    relations.row(turned.reshape(-1, rotary))
+    if relations.unit is Unit.CHANNEL:
+        _move_angles(relations, node, turned)
+    return wide
+
+
+def _move_angles(relations: Relations, node: Node, turned: Labels) -> None:
+    """cos and sin [B, 1, S, R] follow the pairs, by an index in front of this operator."""
+    tables: Any = node.args[1:3]
+    per_head = turned.shape[1] > 1 if turned.ndim == 4 else False
+    for operand, table in enumerate(tables, 1):
+        if turned.ndim != 4 or len(sizes(table)) != 4 or sizes(table)[1] not in (1, turned.shape[1]):
+            relations.fix(turned, "its angles cannot be put in another order")
+            return
+        axes = (1, 3) if per_head else (3,)
+        held = turned[0, :, 0, :].reshape(-1)
+        relations.entries.append(Entry("operand", node.name, axes, held, operand=operand))

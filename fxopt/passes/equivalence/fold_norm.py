@@ -1,0 +1,102 @@
+"""Fold the gain of a norm into the linears that read it, and centre layer norms into rms norms.
+
+    linear(norm(x) g + b, W, c)  =  linear(norm(x), W diag(g), c + W b)
+    layer_norm(x)  =  rms_norm(x)   where every writer of x has mean zero over its outputs
+
+Shapes: x [..., d]; g, b [d]; W [n, d], columns times g; c [n].
+Exactness: equal over the reals; each weight is rounded once.
+Source: Ashkboos et al., SliceGPT: Compress Large Language Models by Deleting Rows and Columns,
+    ICLR 2024, arXiv:2401.15024.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fxopt.analysis.relations import Kind
+from fxopt.analysis.symmetry import Edit, Symmetry, symmetries
+from fxopt.analysis.transform import changed
+from fxopt.ir.program import Level, Program, Site
+from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
+from fxopt.passes.equivalence.centring import centre
+from fxopt.passes.equivalence.changes import Changes
+from fxopt.passes.equivalence.norms import Norm, fold_bias, norms, reads_only_linear
+
+
+@register("fold-norm")
+@dataclass(frozen=True)
+class FoldNorm(Pass):
+    """Move the gains of norms into the linears behind them; on request turn layer norm into rms."""
+
+    bias: bool = True
+    centre: bool = False
+
+    exactness = Exactness.EQUIVALENT
+    input_level = Level.CANONICAL
+    after = ("canonicalize",)
+    before = ("quantize",)
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Fold every gain that only linears read; then biases, then centre."""
+        changes = Changes(program)
+        found = symmetries(program, Kind.SCALE)
+        held = {edit.name: symmetry for symmetry in found for edit in symmetry.weights}
+        for norm in norms(program):
+            if norm.gain is None or bool((norm.value == 1).all()):
+                continue
+            symmetry = held.get(norm.gain)
+            reason = _unfoldable(norm, symmetry)
+            if reason is None and symmetry is not None:
+                _fold(program, norm, symmetry)
+                changes.sites.append(Site(norm.path, f"gain folded into {_readers(symmetry)}"))
+            else:
+                changes.refuse(norm.path, found.reasons.get(norm.gain) or str(reason))
+        if self.bias:
+            for norm in norms(program):
+                if fold_bias(program, norm):
+                    changes.sites.append(Site(norm.path, "bias folded into the linears behind it"))
+        if self.centre:
+            centre(program, changes, self.name)
+        return changes.result()
+
+
+def _unfoldable(norm: Norm, symmetry: Symmetry | None) -> str | None:
+    if symmetry is None:
+        return "what reads it is not only linears with a stored weight"
+    gains = [edit for edit in symmetry.weights if edit.name == norm.gain]
+    others = [e for e in symmetry.weights if not e.inverse and e.name not in (norm.gain, norm.shift)]
+    readers = [edit for edit in symmetry.weights if edit.inverse]
+    if any(edit.axes[-1] == 0 for edit in readers):
+        return f"no linear reads it: {', '.join(edit.name for edit in readers)} would take it up"
+    if others or len(gains) != 1 or gains[0].positions.size != norm.value.numel():
+        return f"its gain is tied to {', '.join(e.name for e in others) or 'other gains'}"
+    negative = int((norm.value < 0).sum())
+    if negative and not reads_only_linear(norm.node):
+        return f"{negative} of its gains are negative and something nonlinear lies behind it"
+    if norm.shift is not None and bool((norm.value == 0).any()):
+        return "some of its gains are zero and it has a bias"
+    return None
+
+
+def _fold(program: Program, norm: Norm, symmetry: Symmetry) -> None:
+    gain = next(edit for edit in symmetry.weights if edit.name == norm.gain)
+    factor = norm.value[torch.from_numpy(gain.positions)][..., 0]
+    for edit in symmetry.weights:
+        value = program.weight(edit.name)
+        if edit is gain:
+            new = torch.full_like(value, 1.0 - edit.offset)
+        else:
+            new = changed(value, _turned(edit), Kind.SCALE, factor)
+        program.set_weight(edit.name, new)
+
+
+def _turned(edit: Edit) -> Edit:
+    """The same edit, counted from the readers: they are multiplied by the gain."""
+    return Edit(
+        edit.role, edit.name, edit.axes, edit.positions, not edit.inverse, edit.offset, edit.operand
+    )
+
+
+def _readers(symmetry: Symmetry) -> str:
+    return ", ".join(edit.name for edit in symmetry.weights if edit.inverse)
+

@@ -1,0 +1,117 @@
+"""SmoothQuant: move the reach of outlier channels from activations into weights.
+
+    s_j = max|x_j|^alpha / max|W_j|^(1 - alpha),    y = (x / s) (W diag(s))^T
+
+Shapes: x [..., d], over all calibration tokens; W [n, d], over all linears that read x; s [d].
+    Channels that share a coordinate (a kv head's channel over its query heads) share s.
+Exactness: equal over the reals. Deviations: the inputs of o and down projections are smoothed
+    too; with alpha "auto" each site takes the alpha at which its rounded linears err least.
+Source: Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for Large
+    Language Models, ICML 2023, arXiv:2211.10438.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.analysis.calibration import linear_inputs
+from fxopt.errors import CalibrationError, RecipeError
+from fxopt.ir.program import Level, Program
+from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
+from fxopt.passes.equivalence.changes import Changes
+from fxopt.passes.equivalence.rounding_error import Rounding, rounding_error
+from fxopt.passes.equivalence.smoothing import SmoothingSite, scale_site, smoothing_sites
+
+ALPHAS = (0.0, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+ROWS = 256
+SMALLEST = 1e-5
+
+
+@register("smoothquant")
+@dataclass(frozen=True)
+class SmoothQuant(Pass):
+    """Scale channels so that activations and weights are equally hard to round."""
+
+    alpha: float | Literal["auto"] = 0.5
+    fold: bool = True
+    ride: bool = True
+    granularity: Literal["token", "tensor"] = "token"
+    symmetric: bool = True
+
+    exactness = Exactness.EQUIVALENT
+    input_level = Level.CANONICAL
+    after = ("canonicalize", "rotate", "equalize")
+    before = ("quantize",)
+
+    def __post_init__(self) -> None:
+        if self.alpha != "auto" and not 0 <= self.alpha <= 1:
+            raise RecipeError(f"alpha {self.alpha} is not between 0 and 1, nor 'auto'.")
+
+    def needs(self) -> tuple[Calibration, ...]:
+        """The reach of every linear's input; for "auto", some of its rows too."""
+        ranges = (Calibration("minimum"), Calibration("maximum"))
+        return (*ranges, Calibration("rows", ROWS)) if self.alpha == "auto" else ranges
+
+    def observed(self, program: Program) -> list[Node]:
+        """The activations that linears read."""
+        return linear_inputs(program)
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Smooth every activation that linears read, in graph order."""
+        changes = Changes(program)
+        for site in smoothing_sites(program, self.fold):
+            context.progress(site.reader.path)
+            if site.symmetry is None and not self.ride:
+                changes.refuse(site.reader.path, site.reason)
+                continue
+            low, high = _ranges(site, context)
+            scale = self._scale(program, site, low, high, context)
+            if scale is not None:
+                scale_site(program, changes, site, scale)
+        return changes.result()
+
+    def _scale(
+        self, program: Program, site: SmoothingSite, low: Tensor, high: Tensor, context: Context
+    ) -> Tensor | None:
+        reach, columns = torch.maximum(-low, high), site.reader.column_reach(program)
+        if self.alpha != "auto":
+            return _smooth(site, reach, columns, self.alpha)
+        rounding = Rounding(
+            rows=context.statistics["rows"][site.reader.source.name],
+            weights=[program.weight(name) for name in site.reader.weights],
+            low=low,
+            high=high,
+            granularity=self.granularity,
+            symmetric=self.symmetric,
+        )
+        scales = [None, *(_smooth(site, reach, columns, alpha) for alpha in ALPHAS)]
+        return min(scales, key=lambda scale: rounding_error(rounding, scale))
+
+
+def _ranges(site: SmoothingSite, context: Context) -> tuple[Tensor, Tensor]:
+    name = site.reader.source.name
+    try:
+        low, high = context.statistics["minimum"][name], context.statistics["maximum"][name]
+    except KeyError as error:
+        raise CalibrationError(
+            f"the input of {site.reader.path} was never reached by the calibration data. Pass "
+            "calibration data that uses this part of the model."
+        ) from error
+    return low.double(), high.double()
+
+
+def _smooth(site: SmoothingSite, reach: Tensor, columns: Tensor, alpha: float) -> Tensor:
+    if site.symmetry is not None:
+        shared = _smooth_channels(site.gather(reach), site.gather(columns), alpha)
+        return site.spread(shared)
+    return _smooth_channels(reach, columns, alpha)
+
+
+def _smooth_channels(reach: Tensor, columns: Tensor, alpha: float) -> Tensor:
+    """s = a^alpha / w^(1 - alpha); channels that are zero on either side keep s = 1."""
+    dead = (reach < SMALLEST) | (columns < SMALLEST)
+    scale = reach.clamp(SMALLEST) ** alpha / columns.clamp(SMALLEST) ** (1 - alpha)
+    return torch.where(dead, 1.0, scale.clamp(SMALLEST))
