@@ -532,6 +532,8 @@ def opcheck_cases():
     for interleaved in (False, True):
         yield ops.rope.default, (q, table, table, interleaved)
         yield ops.rope.default, (q.bfloat16(), table, table, interleaved)
+    yield ops.hadamard.default, (torch.randn(2, 3, 24), 12)
+    yield ops.hadamard.default, (torch.randn(3, 16).bfloat16().t().contiguous().t(), 4)
     yield ops.moe.default, (torch.randn(3, 6), index, weight, up, down, None, None, "silu", True)
     bias = (torch.randn(3, 4), torch.randn(3, 6))
     yield ops.moe.default, (torch.randn(3, 6), index, weight, up[:, :4], down, *bias, "relu", False)

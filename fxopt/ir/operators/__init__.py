@@ -6,6 +6,7 @@ that only lowering writes live in `fxopt.kernels`.
 """
 
 from fxopt.ir.operators.attention import attention_mask, attention_reference, merge_masks
+from fxopt.ir.operators.hadamard import hadamard_reference
 from fxopt.ir.operators.moe import ACTIVATIONS, activate
 from fxopt.ir.operators.quantization import block_counts
 from fxopt.ir.operators.rope import rope_reference
@@ -16,6 +17,7 @@ __all__ = [
     "attention_mask",
     "attention_reference",
     "block_counts",
+    "hadamard_reference",
     "merge_masks",
     "rope_reference",
 ]

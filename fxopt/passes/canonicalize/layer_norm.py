@@ -19,6 +19,7 @@ from fxopt.passes.canonicalize.rms_norm import (
     cast,
     check_norm,
     is_last_axis,
+    is_read_without_gain,
     is_vector,
 )
 from fxopt.rewrite.builder import Builder
@@ -82,7 +83,7 @@ class FoldLayerNormGain(Rule):
         return same_size(shape_of(match.gain)[0], shape_of(match.x)[-1])
 
     def check(self, program: Program, match: Match) -> str | None:
-        return _check_fold(match)
+        return _check_fold(match, is_read_without_gain(match.norm))
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         return build.call(aten.layer_norm.default, match.x, match.axes, match.gain, None, match.eps)
@@ -99,7 +100,7 @@ class FoldLayerNormBias(Rule):
         return same_size(shape_of(match.bias)[0], shape_of(match.x)[-1])
 
     def check(self, program: Program, match: Match) -> str | None:
-        return _check_fold(match)
+        return _check_fold(match, len(match.norm.users) > 1)
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         return build.call(
@@ -107,8 +108,8 @@ class FoldLayerNormBias(Rule):
         )
 
 
-def _check_fold(match: Match) -> str | None:
-    if len(match.norm.users) > 1:
+def _check_fold(match: Match, read_elsewhere: bool) -> str | None:
+    if read_elsewhere:
         return "the normalized value is read without its gain or bias too"
     if dtype_of(match.root) != dtype_of(match.norm):
         return "the gain or bias has a wider dtype than the normalized value"

@@ -64,7 +64,7 @@ class FoldRmsNormGain(Rule):
         return same_size(shape_of(match.gain)[0], shape_of(match.x)[-1])
 
     def check(self, program: Program, match: Match) -> str | None:
-        if len(match.norm.users) > 1:
+        if is_read_without_gain(match.norm):
             return "the normalized value is read without its gain too"
         if dtype_of(match.root) != dtype_of(match.norm):
             return "the gain has a wider dtype than the normalized value"
@@ -115,6 +115,22 @@ def is_last_axis(axes: Any, x: Node) -> bool:
 def is_vector(value: Any) -> bool:
     """Whether a node is one vector, as a gain or a bias is."""
     return isinstance(value, Node) and len(shape_of(value)) == 1
+
+
+def is_read_without_gain(norm: Node) -> bool:
+    """Whether anything but a product with a gain reads a norm.
+
+    Blocks side by side may normalize one x with gains of their own; each becomes a norm.
+    """
+    return not all(_is_gain(user, norm) for user in norm.users)
+
+
+def _is_gain(product: Node, norm: Node) -> bool:
+    factors = product.args if product.target is aten.mul.Tensor else ()
+    return any(
+        is_vector(factor) and same_size(shape_of(factor)[0], shape_of(norm)[-1])
+        for factor in factors
+    )
 
 
 def check_norm(match: Match) -> str | None:

@@ -87,6 +87,16 @@ def test_a_computed_epsilon_is_refused():
     refused(program, layer_norm.RULES, "epsilon")
 
 
+def test_norms_of_one_value_keep_their_own_gains_and_biases():
+    def forward(x, v, w, b):
+        return core(x) * v + b, w * core(x)
+
+    weights = {name: torch.randn(8) for name in "vwb"}
+    program = captured(Function(forward, **weights), torch.randn(2, 5, 8))
+    canonical(program, [torch.randn(3, 7, 8)])
+    assert operators(program) == {"aten.layer_norm.default": 2}
+
+
 def test_a_shared_norm_is_refused():
     def forward(x, w):
         normed = core(x)

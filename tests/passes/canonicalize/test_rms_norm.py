@@ -148,6 +148,17 @@ def test_a_width_that_varies_is_refused():
     refused(program, rms_norm.RULES, "no fixed size")
 
 
+def test_norms_of_one_value_keep_their_own_gains():
+    def forward(x, v, w):
+        return core(x) * v, w * core(x)
+
+    program = captured(Function(forward, v=torch.randn(8), w=torch.randn(8)), torch.randn(2, 5, 8))
+    canonical(program, [torch.randn(3, 7, 8)])
+    assert operators(program) == {"aten.rms_norm.default": 2}
+    gains = {norm_gain(node)[0].target for node in program.nodes()}
+    assert gains == {"v", "w"}
+
+
 def test_a_norm_that_is_also_read_without_gain_is_refused():
     def forward(x, w):
         normed = core(x)
