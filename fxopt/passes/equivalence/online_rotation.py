@@ -1,0 +1,118 @@
+"""Rotations that no weight can take up on the writing side: an operator at run time.
+
+    y = x W^T = (x H)(W H)^T,      q k^T = (q H)(k H)^T
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.analysis.transform import StateChange
+from fxopt.ir.hadamard import hadamard_factors, supported_order
+from fxopt.ir.program import Program, Site, module_path, shape_of
+from fxopt.passes.equivalence.changes import Changes
+from fxopt.passes.equivalence.readers import Reader, read_elsewhere, readers
+from fxopt.rewrite.builder import Builder
+from fxopt.rewrite.sizes import fixed
+
+aten = torch.ops.aten
+operators = torch.ops.fxopt
+
+
+def block_order(width: int) -> int | None:
+    """The largest order that divides a width and has a matrix, or None where that is one."""
+    best = max((n for n in range(2, width + 1) if width % n == 0 and supported_order(n)), default=0)
+    return best or None
+
+
+def rotate_remaining(
+    program: Program, changes: Changes, rotated: set[tuple[str, int]], made_by: str
+) -> None:
+    """R4: in front of every activation whose readers' columns no rotation has reached."""
+    for reader in readers(program):
+        if any((name, 1) in rotated for name in reader.weights):
+            continue
+        width = program.weight(reader.weights[0]).shape[1]
+        order = block_order(width)
+        reason = read_elsewhere(program, reader)
+        if order is None:
+            changes.refuse(reader.path, f"no Hadamard matrix fits its {width} channels")
+        elif reason is not None:
+            changes.refuse(reader.path, reason)
+        else:
+            _rotate_reader(program, changes, reader, order, made_by)
+
+
+def _rotate_reader(
+    program: Program, changes: Changes, reader: Reader, order: int, made_by: str
+) -> None:
+    for name in reader.weights:
+        weight = program.weight(name)
+        turned = operators.hadamard(weight.double(), order)
+        program.set_weight(name, turned.to(weight.dtype))
+    build = Builder(program, reader.linears[0], made_by)
+    spun = build.call(operators.hadamard.default, reader.source, order)
+    for linear in reader.linears:
+        linear.update_arg(0, spun)
+    factors = hadamard_factors(order)
+    detail = f"R4, Hadamard of order {order} {factors} in front of {reader.path}"
+    changes.sites.append(Site(module_path(reader.linears[0]), detail, reader.linears[0].name))
+
+
+def rotate_keys(program: Program, changes: Changes, made_by: str) -> None:
+    """R3: behind rotary embedding, so that the cache holds rotated keys."""
+    for node in program.nodes(operators.attention.default):
+        query, key = node.args[0], node.args[1]
+        width = fixed(shape_of(key)[-1])
+        if width is None or not supported_order(width):
+            changes.refuse(module_path(node), f"no Hadamard matrix of order {width}")
+            continue
+        new, past = _newest(program, key)
+        if new is None:
+            changes.refuse(module_path(node), "its keys are read elsewhere too")
+            continue
+        _spin(program, node, 0, query, width, made_by)
+        _spin_key(program, node, new, width, made_by)
+        if past is not None:
+            changes.follow(past.name, _rotation(width))
+        changes.sites.append(Site(module_path(node), f"R3, Hadamard of order {width}", node.name))
+
+
+def _newest(program: Program, key: Any) -> tuple[Node | None, Node | None]:
+    """The keys of the new tokens, and the cache input they are appended to, if there is one."""
+    output = program.graph.output_node()
+    if key.target is not aten.cat.default:
+        return (key, None) if len(key.users) == 1 else (None, None)
+    parts: Any = key.args[0]
+    plain = (
+        len(parts) == 2
+        and parts[0].op == "placeholder"
+        and all(user is key or user.target is aten.sym_size.int for user in parts[0].users)
+    )
+    alone = len(parts[-1].users) == 1 and all(
+        user is output or user.target is operators.attention.default for user in key.users
+    )
+    return (parts[1], parts[0]) if plain and alone else (None, None)
+
+
+def _spin(
+    program: Program, reader: Node, index: int, value: Any, width: int, made_by: str
+) -> None:
+    spun = Builder(program, reader, made_by).call(operators.hadamard.default, value, width)
+    reader.update_arg(index, spun)
+
+
+def _spin_key(program: Program, attention: Node, new: Node, width: int, made_by: str) -> None:
+    reader = next(iter(new.users))
+    spun = Builder(program, reader, made_by).call(operators.hadamard.default, new, width)
+    reader.replace_input_with(new, spun)
+    spun.meta["module_path"] = module_path(attention)
+
+
+def _rotation(width: int) -> StateChange:
+    def rotate(value: Tensor) -> Tensor:
+        return operators.hadamard(value, width)
+
+    return rotate
