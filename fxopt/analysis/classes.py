@@ -41,7 +41,7 @@ class Classes:
 
 def solve(relations: Relations) -> Classes:
     """Join labels into classes until no product is left."""
-    pending = [tuple(batch) for batch in relations.products]
+    pending = list(relations.products)
     while True:
         classes = _components(relations)
         if not pending:

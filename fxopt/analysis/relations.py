@@ -131,10 +131,11 @@ class Relations:
             axis for axis, size in enumerate(shape) if size != 1 and (axis == last or not wide)
         )
         held = self.weight_axes(node, axes, offset)
-        return held.reshape([size if axis in axes else 1 for axis, size in enumerate(shape)])
+        full = [(size or 1) if axis in axes else 1 for axis, size in enumerate(shape)]
+        return held.reshape(full)
 
     def weight_axes(self, node: Any, axes: tuple[int, ...], offset: float = 0.0) -> Labels:
-        """The labels [sizes of the axes] along some axes of a weight; all its readers share them."""
+        """The labels [sizes of the axes] along axes of a weight, shared by all its readers."""
         name = str(node.target)
         value = self.program.weight(name)
         if not value.is_floating_point():

@@ -251,9 +251,7 @@ class _Grouping:
         for entry in relations.entries:
             self._mark(self.tensors, entry.labels, random, directed=self.factors)
 
-    def _mark(
-        self, table: Signatures, labels: Labels, random: Any, directed: bool = False
-    ) -> None:
+    def _mark(self, table: Signatures, labels: Labels, random: Any, directed: bool = False) -> None:
         keys = random.integers(1, 2**63, size=(2, 2), dtype=np.uint64)
         of = self.classes.of[labels]
         side = self.classes.inverse[labels].astype(np.int64) if directed else np.zeros_like(of)

@@ -1,9 +1,9 @@
 """Apply a symmetry: change the basis of every tensor that follows it, in float64, rounded once.
 
-    scale     v[p] <- v[p] s   (or / s for inverse edits; (v + o) s - o where the use adds o)
-    permute   v[p(c)] <- v[p(order(c))]
-    rotate    v[p] <- R^T v[p],   R [size, size] per block, orthogonal
-    centre    v[p] <- v[p] - mean over the coordinates
+scale     v[p] <- v[p] s   (or / s for inverse edits; (v + o) s - o where the use adds o)
+permute   v[p(c)] <- v[p(order(c))]
+rotate    v[p] <- R^T v[p],   R [size, size] per block, orthogonal
+centre    v[p] <- v[p] - mean over the coordinates
 """
 
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def _checked(symmetry: Symmetry, transform: Tensor | None) -> Tensor | None:
     if symmetry.kind is Kind.CENTRE:
         return None
     shape = [symmetry.blocks, symmetry.size]
-    expected = shape + [symmetry.size] if symmetry.kind is Kind.ROTATE else shape
+    expected = [*shape, symmetry.size] if symmetry.kind is Kind.ROTATE else shape
     if transform is None or list(transform.shape) != expected:
         found = "nothing" if transform is None else f"shape {list(transform.shape)}"
         raise AnalysisError(
@@ -99,8 +99,8 @@ def _checked(symmetry: Symmetry, transform: Tensor | None) -> Tensor | None:
         symmetry.kind is Kind.SCALE and not bool((exact > 0).all())
     ):
         raise AnalysisError(
-            f"the factors for {symmetry.path} are not all positive and finite; a {symmetry.kind.value} "
-            "cannot be undone with them."
+            f"the factors for {symmetry.path} are not all positive and finite; a "
+            f"{symmetry.kind.value} cannot be undone with them."
         )
     return exact
 
@@ -127,4 +127,3 @@ def random_orders(symmetry: Symmetry, seed: int) -> Tensor:
         order = torch.randperm(symmetry.size, generator=generator)
         rows.append(order if not torch.equal(order, order.sort().values) else order.roll(1))
     return torch.stack(rows)
-

@@ -24,7 +24,6 @@ from fxopt.pipeline.tolerances import (
     TWIN_BYTES,
 )
 
-
 # Runs the pass once more, on another program.
 Repeat = Callable[[Program], tuple[Program, PassResult]]
 

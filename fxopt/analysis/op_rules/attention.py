@@ -120,11 +120,15 @@ def rope(relations: Relations, node: Node) -> Labels:
 
 
 def _move_angles(relations: Relations, node: Node, turned: Labels) -> None:
-    """cos and sin [B, 1, S, R] follow the pairs, by an index in front of this operator."""
+    """Cos and sin [B, 1, S, R] follow the pairs, by an index in front of this operator."""
     tables: Any = node.args[1:3]
     per_head = turned.shape[1] > 1 if turned.ndim == 4 else False
     for operand, table in enumerate(tables, 1):
-        if turned.ndim != 4 or len(sizes(table)) != 4 or sizes(table)[1] not in (1, turned.shape[1]):
+        if (
+            turned.ndim != 4
+            or len(sizes(table)) != 4
+            or sizes(table)[1] not in (1, turned.shape[1])
+        ):
             relations.fix(turned, "its angles cannot be put in another order")
             return
         axes = (1, 3) if per_head else (3,)

@@ -28,6 +28,12 @@ def moving_axis(relations: Relations, labels: Labels) -> int | None:
     return axes[-1] if relations.unit is Unit.CHANNEL else axes[0]
 
 
+def dropped(labels: Labels, axes: Sequence[int]) -> Labels:
+    """Labels without some axes, which they do not depend on."""
+    shape: list[int] = [n for axis, n in enumerate(labels.shape) if axis not in axes]
+    return labels.reshape(shape)
+
+
 def rows_along(labels: Labels, axis: int) -> Labels:
     """Labels as rows [others, length of the axis]."""
     return np.moveaxis(labels, axis, -1).reshape(-1, labels.shape[axis])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from fxopt.analysis.op_rules.broadcast import FACTORS, moving_axis, rows_along, shared
+from fxopt.analysis.op_rules.broadcast import FACTORS, dropped, moving_axis, rows_along, shared
 from fxopt.analysis.op_rules.elementwise import block
 from fxopt.analysis.op_rules.registry import op_rule
 from fxopt.analysis.relations import Kind, Labels, Relations, Unit, sizes
@@ -41,7 +41,7 @@ def _read(relations: Relations, x: Any, weight: Any, axis: int, column: int) -> 
 
 @op_rule(aten.linear.default)
 def linear(relations: Relations, node: Node) -> Labels:
-    """x W^T + b: columns of W take up what changes in x, rows of W and b what changes in y."""
+    """X W^T + b: columns of W take up what changes in x, rows of W and b what changes in y."""
     x, weight, bias = [*node.args, None][:3]
     rank = len(sizes(node))
     if not _stored(weight) or (bias is not None and not _stored(bias)):
@@ -50,7 +50,9 @@ def linear(relations: Relations, node: Node) -> Labels:
     if not _read(relations, x, weight, labels.ndim - 1, 1):
         # Whole heads pass through a linear that is the same for each of them.
         for held in (0, 1):
-            relations.fix(relations.weight_axes(weight, (held,)), "every head reads the same weight")
+            relations.fix(
+                relations.weight_axes(weight, (held,)), "every head reads the same weight"
+            )
         return np.take(labels, [0], -1)
     out = relations.weight_axes(weight, (0,))
     if bias is not None:
@@ -91,7 +93,7 @@ def convolution(relations: Relations, node: Node) -> Labels:
 
 @op_rule(aten.matmul.default, aten.bmm.default)
 def matmul(relations: Relations, node: Node) -> Labels:
-    """a b: the summed axis changes inversely in a and b, rows of a and columns of b pass."""
+    """A b: the summed axis changes inversely in a and b, rows of a and columns of b pass."""
     a, b = (relations.labels(operand) for operand in node.args[:2])  # type: ignore[arg-type]
     rank = len(sizes(node))
     if a.ndim < 2 or b.ndim < 2:
@@ -181,7 +183,7 @@ def reduce(relations: Relations, node: Node) -> Labels:
     axes = list(range(labels.ndim)) if not axes else [axis % labels.ndim for axis in axes]
     moving = moving_axis(relations, labels)
     summed = [axis for axis in axes if labels.shape[axis] > 1]
-    if moving in summed and relations.kind not in FACTORS:
+    if moving is not None and moving in summed and relations.kind not in FACTORS:
         relations.row(rows_along(labels, moving))
         if relations.kind in (Kind.ROTATE, Kind.CENTRE):
             relations.fix(labels, "its channels are summed")
@@ -190,5 +192,4 @@ def reduce(relations: Relations, node: Node) -> Labels:
         labels = relations.collapse(labels, axis)
     if keep:
         return labels
-    return labels.reshape([n for axis, n in enumerate(labels.shape) if axis not in axes])
-
+    return dropped(labels, axes)

@@ -33,7 +33,7 @@ def block(relations: Relations, node: Node, text: str) -> Labels:
 
 @op_rule(aten.add.Tensor, aten.sub.Tensor)
 def add(relations: Relations, node: Node) -> Labels:
-    """x + y: both operands and the result change alike."""
+    """X + y: both operands and the result change alike."""
     a, b = node.args[0], node.args[1]
     if is_tensor(a) and is_tensor(b):
         labels = join(relations, [a, b], len(sizes(node)), multiply=False)
@@ -44,7 +44,7 @@ def add(relations: Relations, node: Node) -> Labels:
 
 
 def add_number(relations: Relations, node: Node) -> Labels:
-    """x + c: a weight takes a factor up as (w + c) s - c, anything else cannot."""
+    """X + c: a weight takes a factor up as (w + c) s - c, anything else cannot."""
     x: Any = node.args[0] if is_tensor(node.args[0]) else node.args[1]
     number: Any = node.args[1] if x is node.args[0] else node.args[0]
     source = _weight_behind(x)
@@ -76,14 +76,14 @@ def _sources(node: Node) -> list[Node]:
 
 @op_rule(aten.mul.Tensor)
 def mul(relations: Relations, node: Node) -> Labels:
-    """x y: factors multiply, places meet."""
+    """X y: factors multiply, places meet."""
     operands = [argument for argument in node.args[:2] if is_tensor(argument)]
     return join(relations, operands, len(sizes(node)), multiply=True)
 
 
 @op_rule(aten.div.Tensor)
 def div(relations: Relations, node: Node) -> Labels:
-    """x / y: as a product for places; factors pass only where the divisor has none."""
+    """X / y: as a product for places; factors pass only where the divisor has none."""
     operands = [argument for argument in node.args[:2] if is_tensor(argument)]
     if relations.kind in FACTORS and (len(operands) == 2 or operands[0] is not node.args[0]):
         relations.fix(relations.labels(operands[-1]), "something is divided by it")
@@ -95,7 +95,7 @@ def div(relations: Relations, node: Node) -> Labels:
 
 @op_rule(aten.where.self)
 def where(relations: Relations, node: Node) -> Labels:
-    """c ? x : y: both choices change alike, and the condition changes place with them."""
+    """C ? x : y: both choices change alike, and the condition changes place with them."""
     rank = len(sizes(node))
     condition, *choices = node.args
     if relations.kind in (*FACTORS, Kind.ROTATE, Kind.CENTRE):
@@ -108,12 +108,14 @@ def where(relations: Relations, node: Node) -> Labels:
 
 @op_rule(aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar)
 def fill(relations: Relations, node: Node) -> Labels:
-    """c ? x : number: a factor passes where the number is zero or infinite."""
+    """C ? x : number: a factor passes where the number is zero or infinite."""
     tensors = [argument for argument in node.args if is_tensor(argument)]
     numbers = [argument for argument in node.args if isinstance(argument, int | float)]
     if relations.kind in (Kind.ROTATE, Kind.CENTRE):
         return block(relations, node, "channels are overwritten one by one")
-    if relations.kind in FACTORS and any(n not in (0, float("inf"), -float("inf")) for n in numbers):
+    if relations.kind in FACTORS and any(
+        n not in (0, float("inf"), -float("inf")) for n in numbers
+    ):
         return block(relations, node, "some of its elements are overwritten by a number")
     return join(relations, tensors, len(sizes(node)), multiply=False)
 

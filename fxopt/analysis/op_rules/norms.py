@@ -6,7 +6,14 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from fxopt.analysis.op_rules.broadcast import FACTORS, moving_axis, rows_along, shared, tracked
+from fxopt.analysis.op_rules.broadcast import (
+    FACTORS,
+    dropped,
+    moving_axis,
+    rows_along,
+    shared,
+    tracked,
+)
 from fxopt.analysis.op_rules.elementwise import block
 from fxopt.analysis.op_rules.registry import op_rule
 from fxopt.analysis.relations import Entry, Kind, Labels, Relations, sizes
@@ -17,7 +24,7 @@ aten = torch.ops.aten
 
 @op_rule(aten.rms_norm.default)
 def rms_norm(relations: Relations, node: Node) -> Labels:
-    """x / rms(x) g: places pass; a factor starts anew at the gain; a rotation passes without one."""
+    """X / rms(x) g: places pass, factors start at the gain, rotations need it folded."""
     x, shape, gain = [*node.args, None][:3]
     return _norm(relations, node, x, shape, gain, None, centred=False)
 
@@ -35,34 +42,36 @@ def _norm(
     if len(shape) != 1:
         return block(relations, node, "a norm over several axes has no rule")
     kind, labels = relations.kind, relations.labels(x)
-    axis = labels.ndim - 1
     if kind is Kind.CENTRE:
         return _centre(relations, node, labels, gain, bias, centred)
     if kind is Kind.SCALE or (kind is Kind.SIGN and centred):
         relations.fix(labels, "a norm measures all of it together")
         return _after(relations, node, relations.fixed(labels.ndim), gain, bias)
-    if kind is Kind.ROTATE and centred:
-        relations.fix(labels, "layer_norm subtracts a mean, which a rotation would move")
-    if kind is Kind.ROTATE and gain is not None and not is_one(relations.program, gain):
-        relations.fix(labels, "the gain of a norm stands in the way; run fold_norm first")
+    if kind is Kind.ROTATE:
+        _refuse_rotation(relations, labels, gain, centred)
     relations.tag(labels, "normalized")
-    given = shared(relations, labels, axis)
+    given = shared(relations, labels, labels.ndim - 1)
+    vectors = [vector for vector in (gain, bias) if vector is not None]
     if given is None:
-        for vector in (gain, bias):
-            if vector is not None:
-                relations.fix(relations.labels(vector), "every head reads the same gain")
-        return relations.collapse(labels, axis)
+        for vector in vectors:
+            relations.fix(relations.labels(vector), "every head reads the same gain")
+        return relations.collapse(labels, labels.ndim - 1)
     if kind is Kind.SIGN:
         return _after(relations, node, given, gain, bias)
-    for vector in (gain, bias):
-        if vector is not None and not (kind is Kind.ROTATE and vector is gain):
+    for vector in vectors:
+        if not (kind is Kind.ROTATE and vector is gain):
             relations.couple(given, relations.labels(vector))
     return labels
 
 
-def _after(
-    relations: Relations, node: Node, core: Labels, gain: Any, bias: Any
-) -> Labels:
+def _refuse_rotation(relations: Relations, labels: Labels, gain: Any, centred: bool) -> None:
+    if centred:
+        relations.fix(labels, "layer_norm subtracts a mean, which a rotation would move")
+    if gain is not None and not is_one(relations.program, gain):
+        relations.fix(labels, "the gain of a norm stands in the way; run fold-norm first")
+
+
+def _after(relations: Relations, node: Node, core: Labels, gain: Any, bias: Any) -> Labels:
     """The labels behind a norm whose core has labels `core`: those of the gain."""
     rank = len(sizes(node))
     if gain is None:
@@ -117,7 +126,7 @@ def gain_value(program: Program, gain: Any) -> torch.Tensor | None:
 
 @op_rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
 def softmax(relations: Relations, node: Node) -> Labels:
-    """softmax(x): places pass within the axis, nothing else does."""
+    """Softmax along an axis: places pass within the axis, nothing else does."""
     labels, axis = relations.labels(node.args[0]), node.args[1]
     if relations.kind in (*FACTORS, Kind.ROTATE, Kind.CENTRE):
         relations.fix(labels, "softmax reads it")
@@ -129,7 +138,7 @@ def softmax(relations: Relations, node: Node) -> Labels:
 
 @op_rule(aten.amax.default, aten.amin.default)
 def extreme(relations: Relations, node: Node) -> Labels:
-    """max over axes: a positive factor passes where the axis has one; places as in a sum."""
+    """Max over axes: a positive factor passes where the axis has one; places as in a sum."""
     axes: Any = node.args[1]
     keep = bool(node.args[2]) if len(node.args) > 2 else False
     labels = relations.labels(node.args[0])
@@ -137,11 +146,11 @@ def extreme(relations: Relations, node: Node) -> Labels:
     moving = moving_axis(relations, labels)
     if relations.kind in (Kind.SIGN, Kind.ROTATE, Kind.CENTRE):
         return block(relations, node, "the largest element is taken")
-    if moving in axes and relations.kind is not Kind.SCALE:
-        relations.row(rows_along(labels, moving))  # type: ignore[arg-type]
+    if moving is not None and moving in axes and relations.kind is not Kind.SCALE:
+        relations.row(rows_along(labels, moving))
         return relations.fixed(len(sizes(node)))
     for axis in axes:
         labels = relations.collapse(labels, axis)
     if keep:
         return labels
-    return labels.reshape([n for axis, n in enumerate(labels.shape) if axis not in axes])
+    return dropped(labels, axes)

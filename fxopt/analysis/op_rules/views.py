@@ -56,8 +56,7 @@ def reshape(relations: Relations, node: Node) -> Labels:
         if all(labels.shape[axis] == 1 for axis in range(a, b)):
             shape += [1] * (d - c)
             continue
-        fixed = [size for size in sizes(source)[a:b]]
-        if b - a == d - c == 1 or None not in fixed:
+        if b - a == d - c == 1 or None not in sizes(source)[a:b]:
             wide = list(labels.shape)
             wide[a:b] = old[a:b]
             labels = np.broadcast_to(labels, wide)
@@ -125,10 +124,12 @@ def repeat(relations: Relations, node: Node) -> Labels:
 @op_rule(aten.select.int)
 def select(relations: Relations, node: Node) -> Labels:
     """One position of an axis."""
-    labels, axis, index = relations.labels(node.args[0]), *node.args[1:3]
-    if labels.shape[axis] > 1 and not isinstance(index, int):
-        labels = relations.collapse(labels, axis)  # type: ignore[arg-type]
-    return np.take(labels, index if labels.shape[axis] > 1 else 0, axis)  # type: ignore[index]
+    labels: Labels = relations.labels(node.args[0])
+    arguments: Any = node.args
+    axis, position = int(arguments[1]), arguments[2]
+    if labels.shape[axis] > 1 and not isinstance(position, int):
+        labels = relations.collapse(labels, axis)
+    return np.take(labels, position if labels.shape[axis] > 1 else 0, axis)
 
 
 @op_rule(aten.slice.Tensor)
@@ -159,11 +160,12 @@ def split(relations: Relations, node: Node) -> list[Labels]:
 @op_rule(operator.getitem)
 def item(relations: Relations, node: Node) -> Labels:
     """One of several results."""
-    source, index = node.args
+    arguments: Any = node.args
+    source, position = arguments
     if is_tensor(source):
         return block(relations, node, "it is indexed in a way that has no rule")
-    held: Any = relations.values.get(source)  # type: ignore[arg-type]
-    return held[index] if isinstance(held, list) else relations.fixed(len(sizes(node)))
+    held: Any = relations.values.get(source)
+    return held[position] if isinstance(held, list) else relations.fixed(len(sizes(node)))
 
 
 @op_rule(aten.sym_size.int)
