@@ -176,7 +176,13 @@ def _float64_case(case: _Case, repeat: Callable[[Program], Program]) -> _Case:
         rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
         return dataclasses.replace(case, tolerance=ROUNDED_WEIGHTS * rounding)
     twin = promote_program(case.before)
-    return dataclasses.replace(case, before=twin, after=repeat(twin))
+    default = torch.get_default_dtype()
+    # What a program computes from integers alone has the default dtype; the twin's is float64.
+    torch.set_default_dtype(torch.float64)
+    try:
+        return dataclasses.replace(case, before=twin, after=repeat(twin))
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _same_values(value: Tensor, other: Tensor | None) -> bool:
