@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
+from fxopt import api
 from fxopt.capture import capture_program
 from fxopt.ir.program import Program
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.verify import Verifier
+from fxopt.runtime.optimized import OptimizedModel
 from tests.zoo import ZOO
 
 
@@ -42,6 +46,13 @@ def zoo_model(name: str) -> CapturedModel:
     """A zoo model and its captured program."""
     held = _captured(name)
     return CapturedModel(held.model, held.program.clone())
+
+
+def optimize_zoo(name: str, recipe: Any, **options: Any) -> OptimizedModel:
+    """`fxopt.optimize` on a zoo model, from the capture that all tests of it share."""
+    held = zoo_model(name)
+    with mock.patch.object(api, "capture_program", return_value=held.program):
+        return api.optimize(held.model, recipe, **{"verify": "fast", "progress": False, **options})
 
 
 @cache

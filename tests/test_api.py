@@ -28,8 +28,7 @@ from fxopt.ir.program import Level
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
 from fxopt.passes.quantization.quantize import ActivationOptions, Quantize
 from fxopt.pipeline.recipe import Recipe
-from tests.models import randomize
-from tests.zoo import ZOO
+from tests.models import zoo_model
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[1]
@@ -67,12 +66,8 @@ def example() -> tuple:
     return (torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)),)
 
 
-@cache
 def hf_model(name: str):
-    torch.manual_seed(0)
-    model = ZOO[name]().eval()
-    randomize(model)
-    return model
+    return zoo_model(name).model
 
 
 def optimize(model, recipe, **options):

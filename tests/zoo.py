@@ -156,6 +156,10 @@ def _mixtures() -> dict[str, Callable[[], nn.Module]]:
                 moe_intermediate_size=16,
             )
         ),
+        # Its forward does not name `use_cache` and passes it on.
+        "granitemoe": lambda: hf.GraniteMoeForCausalLM(
+            hf.GraniteMoeConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
+        ),
         "gptoss": lambda: hf.GptOssForCausalLM(
             hf.GptOssConfig(
                 **GROUPED,
@@ -191,6 +195,10 @@ def _encoders() -> dict[str, Callable[[], nn.Module]]:
         "electra": lambda: hf.ElectraModel(hf.ElectraConfig(**BASE, embedding_size=16)),
         "albert": lambda: hf.AlbertModel(hf.AlbertConfig(**BASE, embedding_size=16)),
         "deberta": lambda: hf.DebertaV2Model(hf.DebertaV2Config(**BASE)),
+        # Its relative positions are cut out of a table at places that depend on a tensor's values.
+        "debertav1": lambda: hf.DebertaModel(
+            hf.DebertaConfig(**BASE, relative_attention=True, pos_att_type=["p2c", "c2p"])
+        ),
         "modernbert": lambda: hf.ModernBertModel(
             hf.ModernBertConfig(
                 **BASE,
@@ -255,6 +263,14 @@ def _sequence_to_sequence() -> dict[str, Callable[[], nn.Module]]:
         ),
         "mbart": lambda: hf.MBartForConditionalGeneration(
             hf.MBartConfig(**SEQ2SEQ, max_position_embeddings=128)
+        ),
+        # Its encoder takes the batch size from the decoder's tokens in the captured graph.
+        "m2m100": lambda: hf.M2M100ForConditionalGeneration(
+            hf.M2M100Config(
+                **{**SEQ2SEQ, "encoder_layers": 1, "decoder_layers": 1},
+                max_position_embeddings=128,
+                decoder_start_token_id=2,
+            )
         ),
         "marian": lambda: hf.MarianMTModel(
             hf.MarianConfig(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fxopt.capture.cache import tensors_from_cache
+from fxopt.capture.configs import configs_of, first_size
 from fxopt.capture.tensors import output_tensors, same_tensors, take_cyclic
 from fxopt.errors import CaptureError, InputError
 from fxopt.ir.signature import default_tensor
@@ -57,6 +58,7 @@ class InputFactory:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.parameters = list(inspect.signature(model.forward).parameters)
+        self.takes_use_cache = "use_cache" in self.parameters
         self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         self.names: list[str] = []
         self.given: dict[str, Tensor] = {}
@@ -119,7 +121,7 @@ class InputFactory:
         # A padding or end token in the middle means something to some models.
         special = {
             int(value)
-            for config in _configs(self.model.config)
+            for config in configs_of(self.model.config)
             for key in ("pad_token_id", "eos_token_id", "bos_token_id")
             if isinstance(value := getattr(config, key, None), int) and value >= 0
         }
@@ -132,7 +134,7 @@ class InputFactory:
         return ids
 
     def _vocabulary(self) -> int:
-        sizes = [getattr(config, "vocab_size", None) for config in _configs(self.model.config)]
+        sizes = [getattr(config, "vocab_size", None) for config in configs_of(self.model.config)]
         known = [size for size in sizes if isinstance(size, int) and size > 0]
         if known:
             return min(known)
@@ -140,14 +142,17 @@ class InputFactory:
         return int(table.weight.shape[0])
 
     def _dense_shape(self, name: str) -> tuple[int, ...]:
-        configs = list(_configs(self.model.config))
+        configs = list(configs_of(self.model.config))
         if name == "pixel_values":
-            size, channels = _first(configs, "image_size"), _first(configs, "num_channels") or 3
+            size, channels = (
+                first_size(configs, "image_size"),
+                first_size(configs, "num_channels") or 3,
+            )
             if size is not None:
                 return channels, size, size
         if name == "input_features":
-            bands = _first(configs, "num_mel_bins", "feature_size", "input_feat_per_channel")
-            frames = _first(configs, "max_source_positions")
+            bands = first_size(configs, "num_mel_bins", "feature_size", "input_feat_per_channel")
+            frames = first_size(configs, "max_source_positions")
             if bands is not None and frames is not None:
                 return bands, 2 * frames
         if name == "input_values":
@@ -189,6 +194,7 @@ class InputFactory:
             self.given = {k: v for k, v in given.items() if k not in _OPTIONAL}
             self.names = list(self.given)
             self._try_given()
+            self._discover_use_cache()
             self._discover_optional()
             return
         problems: list[str] = []
@@ -206,7 +212,20 @@ class InputFactory:
                 f"{type(self.model).__name__} does not run on any inputs fxopt can make up "
                 f"({'; '.join(problems)}). Pass example_inputs={{...}}."
             )
+        self._discover_use_cache()
         self._discover_optional()
+
+    def _discover_use_cache(self) -> None:
+        """Whether `use_cache` reaches the model although its forward does not name it."""
+        if self.takes_use_cache or "past_key_values" not in self.parameters:
+            return
+        tensors = self.make(Sizes(2, 7)).tensors
+        try:
+            with torch.no_grad():
+                output = self.model(**tensors, use_cache=False)
+        except TypeError:
+            return  # nobody takes it
+        self.takes_use_cache = getattr(output, "past_key_values", None) is None
 
     def _try_given(self) -> None:
         shapes = ", ".join(f"{n} {list(t.shape)} {t.dtype}" for n, t in self.given.items())
@@ -295,7 +314,7 @@ class InputFactory:
 
     def discover_cache(self) -> str | None:
         """Find the shapes of the key/value cache; returns why there is none, or None."""
-        if "past_key_values" not in self.parameters or "use_cache" not in self.parameters:
+        if "past_key_values" not in self.parameters or not self.takes_use_cache:
             return "the model's forward takes no cache"
         if not getattr(self.model.config.get_text_config(decoder=True), "use_cache", True):
             return "config.use_cache is False"
@@ -314,29 +333,9 @@ class InputFactory:
     @torch.no_grad()
     def run(self, example: ExampleInputs) -> list[Tensor]:
         """All tensors of the model's result, caches left out."""
-        extra = {"use_cache": False} if "use_cache" in self.parameters else {}
+        extra = {"use_cache": False} if self.takes_use_cache else {}
         output = self.model(**example.tensors, **extra)
         return output_tensors(output)
-
-
-def _configs(config: Any) -> Iterator[Any]:
-    yield config
-    for key in getattr(config, "sub_configs", {}):
-        child = getattr(config, key, None)
-        if child is not None:
-            yield from _configs(child)
-
-
-def _first(configs: list[Any], *keys: str) -> int | None:
-    """The first positive number that any of the configs has under any of the keys."""
-    for config in configs:
-        for key in keys:
-            value = getattr(config, key, None)
-            if isinstance(value, list | tuple) and value:
-                value = value[0]
-            if isinstance(value, int) and value > 0:
-                return value
-    return None
 
 
 def _pools_at_end(model: nn.Module) -> bool:

@@ -127,7 +127,7 @@ class _PretrainedCapture:
         if self.factory.past_shapes:
             cache = cache_from_tensors(past, self.factory.encoder_decoder)
             kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
-        elif "use_cache" in self.factory.parameters:
+        elif self.factory.takes_use_cache:
             kwargs = {**kwargs, "use_cache": False}
         output = without_caches(function(**kwargs))
         leaves: list[Tensor] = []

@@ -115,9 +115,10 @@ def _compare(node: Node, recorded: Any, actual: Any) -> None:
             )
 
 
-def _size(size: Any) -> int:
-    # Capture sizes are all different, so equal hints mean equal dimensions.
-    return size if type(size) is int else int(size.node.hint)
+def _size(size: Any) -> int | None:
+    # Capture sizes are all different, so equal hints mean equal dimensions. A size that depends on
+    # a tensor's values has no hint, and a new symbol each time: all such sizes count as equal.
+    return size if type(size) is int else size.node.hint
 
 
 def _describe(value: Any) -> str:

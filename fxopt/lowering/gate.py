@@ -193,7 +193,10 @@ def example_value(node: Node, program: Program, shape: tuple[int, int]) -> Tenso
 
 
 def size_at(size: Any, program: Program, shape: tuple[int, int]) -> int:
-    """A dimension at a given batch size and length; an empty cache."""
+    """A dimension at a given batch size and length; an empty cache.
+
+    A dimension that depends on a tensor's values is taken to be as long as the sequence.
+    """
     if type(size) is int:
         return size
     expression = size.node.expr
@@ -206,7 +209,9 @@ def size_at(size: Any, program: Program, shape: tuple[int, int]) -> int:
                 default = shape[1] if str(name).startswith("past_") else int(dimension.node.hint)
                 known[dimension.node.expr] = named.get(str(name), default)
     result = expression.subs(known)
-    return int(result) if result.is_number else int(size.node.hint)
+    if result.is_number:
+        return int(result)
+    return shape[1] if size.node.hint is None else int(size.node.hint)
 
 
 def alternate(before: Callable[[], Any], after: Callable[[], Any]) -> tuple[float, float]:

@@ -57,8 +57,10 @@ def rms_error(a: Tensor, b: Tensor) -> float:
 
 def max_error(a: Tensor, b: Tensor) -> float:
     """The largest |a - b| / rms(b); integers, infinities and NaN must be equal."""
-    if a.shape != b.shape:
+    if a.shape != b.shape or a.is_complex() != b.is_complex():
         return math.inf
+    if b.is_complex():
+        a, b = (torch.view_as_real(value.resolve_conj()) for value in (a, b))
     if b.numel() == 0:
         return 0.0
     if not b.is_floating_point():

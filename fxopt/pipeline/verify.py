@@ -187,7 +187,13 @@ def _float64_case(case: _Case, repeat: Repeat) -> _Case:
         rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
         return dataclasses.replace(case, tolerance=ROUNDED_WEIGHTS * rounding)
     twin = promote_program(case.before)
-    after_twin, result = repeat(twin)
+    default = torch.get_default_dtype()
+    # What a program computes from integers alone has the default dtype; the twin's is float64.
+    torch.set_default_dtype(torch.float64)
+    try:
+        after_twin, result = repeat(twin)
+    finally:
+        torch.set_default_dtype(default)
     # The sites are those of the pass itself; a cache follows the factors chosen on the twin.
     exact = dataclasses.replace(case.result, state=result.state)
     return dataclasses.replace(case, before=twin, after=after_twin, result=exact)

@@ -54,7 +54,9 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
 
     def _install(self) -> None:
         super()._install()
-        self.stages = split_stages(self.lowered) if self.lowered.signature.step_inputs else None
+        self.stages = None
+        if self.lowered.signature.step_inputs:
+            self.stages = split_stages(self.lowered, self._compiled)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program on what the model would take.

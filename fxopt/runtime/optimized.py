@@ -50,9 +50,13 @@ class OptimizedModel(nn.Module):
 
     def _install(self) -> None:
         """Make the lowered program what runs; called again whenever it changes."""
-        self.runner = Runner(self.lowered.graph_module)
-        if self.extra.get("lowering", {}).get("compile") == "inductor":
-            self.runner = torch.compile(self.runner, dynamic=True)  # type: ignore[assignment]
+        self.runner = self._compiled(Runner(self.lowered.graph_module))
+
+    def _compiled(self, runner: Runner) -> nn.Module:
+        """The runner as the recipe's lowering wants it: as it is, or through torch.compile."""
+        if self.extra.get("lowering", {}).get("compile") != "inductor":
+            return runner
+        return torch.compile(runner, dynamic=True)  # type: ignore[return-value]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "OptimizedModel":
         """What `.half()`, `.cuda()` or a parent's `.to` do to every tensor goes through `.to`."""

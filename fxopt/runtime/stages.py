@@ -5,11 +5,12 @@ stage: the encoder, and the cross-attention keys and values of every decoder lay
 layer is named; the split follows the data.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -28,8 +29,8 @@ class Stages:
     which carried tensors have a row per text, and so are repeated for beams.
     """
 
-    source: Runner
-    step: Runner
+    source: nn.Module
+    step: nn.Module
     source_inputs: tuple[str, ...]
     step_inputs: tuple[str, ...]
     carried: tuple[str, ...]
@@ -37,10 +38,12 @@ class Stages:
     hidden: int  # which carried tensor is the encoder's last hidden state
 
 
-def split_stages(program: Program) -> Stages:
-    """Split by dependence on `signature.step_inputs`."""
+def split_stages(program: Program, prepare: Callable[[Runner], nn.Module]) -> Stages:
+    """Split by dependence on `signature.step_inputs`; `prepare` is given both halves."""
+    program = program.clone()
     graph = program.graph
     steps = set(program.signature.step_inputs)
+    _read_sizes_from_source(graph, steps)
     moving: set[Node] = set()
     for node in graph.nodes:
         if (node.op == "placeholder" and node.name in steps) or any(
@@ -54,14 +57,31 @@ def split_stages(program: Program) -> Stages:
     batch = _batch_hint(graph)
     root = program.graph_module
     return Stages(
-        source=Runner(GraphModule(root, source, "FxoptSource")),
-        step=Runner(GraphModule(root, step, "FxoptStep")),
+        source=prepare(Runner(GraphModule(root, source, "FxoptSource"))),
+        step=prepare(Runner(GraphModule(root, step, "FxoptStep"))),
         source_inputs=tuple(n.name for n in source.nodes if n.op == "placeholder"),
         step_inputs=step_inputs,
         carried=tuple(node.name for node in carried),
         expands=tuple(_is_dynamic(node) and _hint(node, 0) == batch for node in carried),
         hidden=_hidden(program, carried),
     )
+
+
+def _read_sizes_from_source(graph: Graph, steps: set[str]) -> None:
+    """Read a size that inputs of both stages have, the batch for one, from the first stage's.
+
+    The tracer takes it from either, and an encoder would seem to depend on the decoder's tokens.
+    """
+    known: dict[str, tuple[Node, int]] = {}
+    for node in graph.nodes:
+        value = _value(node)
+        if node.op == "placeholder" and node.name not in steps and isinstance(value, Tensor):
+            for axis, size in enumerate(value.shape):
+                if type(size) is not int:
+                    known.setdefault(str(size), (node, axis))
+    for node in graph.nodes:
+        if node.target is aten.sym_size.int and node.args[0].name in steps:
+            node.args = known.get(str(node.meta["val"]), node.args)
 
 
 def _carried(program: Program, moving: set[Node], output: Node) -> list[Node]:
@@ -84,7 +104,7 @@ def _hint(node: Node, axis: int) -> int | None:
     if not isinstance(value, Tensor) or value.dim() <= axis:
         return None
     size: Any = value.shape[axis]
-    return size if type(size) is int else int(size.node.hint)
+    return size if type(size) is int else size.node.hint
 
 
 def _is_dynamic(node: Node) -> bool:
@@ -167,7 +187,8 @@ class _SizeSource:
             for axis, size in enumerate(shape):
                 if type(size) is not int:
                     self.by_symbol.setdefault(str(size), (node, axis))
-                    self.by_symbol.setdefault(f"#{size.node.hint}", (node, axis))
+                    if size.node.hint is not None:
+                        self.by_symbol.setdefault(f"#{size.node.hint}", (node, axis))
 
     def copy(self, node: Node) -> None:
         """Copy a first-stage node that is a number, if the step can work it out."""

@@ -87,6 +87,17 @@ def test_asymmetric_rows_of_any_floats(native, rows):
     assert torch.equal(q, wanted)
 
 
+def test_asymmetric_rows_of_denormals_keep_their_zero_point_in_range(native):
+    x = torch.tensor([[-190.0, 5.0, 0.0, 190.0]]) * 2.0**-149
+    weight, scale, _ = weight_of(5, 4)
+    args = (x, weight, scale, row_sums(weight), None, "none")
+    assert torch.equal(OP(*args), dynamic_linear_w8a8(*args))
+    q, token_scale, zero_point = quantize_rows(x, asymmetric=True)
+    assert token_scale.item() == torch.finfo(torch.float32).tiny
+    assert -128 <= zero_point.item() <= 127
+    assert q[0, 2] == zero_point
+
+
 def test_asymmetric_rows_that_are_constant(run):
     weight, scale, bias = weight_of(70, 33)
     for value in (0.0, 1.0, -2.5, 1e-45, -1e-40, 1e36):

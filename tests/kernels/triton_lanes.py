@@ -83,7 +83,8 @@ def check_special_rows() -> int:
     bad = torch.randn(4, 33)
     bad[1, 3], bad[2, 4], bad[3, 5] = float("nan"), float("inf"), -float("inf")
     empty = [torch.zeros(0, 5), torch.zeros(3, 0)]
-    return sum(check_quantize(x) for x in (ties, bad, torch.zeros(2, 9), *empty))
+    denormal = torch.tensor([[-190.0, 5.0, 0.0, 190.0]]) * 2.0**-149
+    return sum(check_quantize(x) for x in (ties, bad, denormal, torch.zeros(2, 9), *empty))
 
 
 def check_linear(m, k, n, dtype, activation, *, static=False, zero_point=False) -> int:

@@ -7,16 +7,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from fxopt.errors import NotEquivalentError, PassError, QualityFloorError
 from fxopt.ir.program import Program, Site, module_path
 from fxopt.passes.base import Context, Pass, PassResult
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
 from fxopt.passes.quantization.quantize import ActivationOptions, Quantize
+from fxopt.pipeline.attribution import first_divergence
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.measure import divergence, max_error, measure, rms_error
 from fxopt.pipeline.verify import Floor, Verifier
 from tests import broken_passes
+from tests.graphs import Function, capture_module
 from tests.models import canonical_program, zoo_model
 
 aten = torch.ops.aten
@@ -135,6 +138,45 @@ def test_canonicalize_is_verified_even_where_it_reports_no_site():
     assert result.history[-1].verification["mode"] == "full"
 
 
+def test_integers_that_become_floating_do_not_disturb_the_float64_twin():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.randn(4)) for _ in range(2))
+
+        def forward(self, x, mask):
+            return x * self.first * self.second * (1.0 - mask)[:, None]
+
+    @dataclasses.dataclass(frozen=True)
+    class MoveScale(Pass):
+        name = "move-scale"
+
+        def run(self, program: Program, context: Context) -> PassResult:
+            program.set_weight("first", program.weight("first") * 3)
+            program.set_weight("second", program.weight("second") / 3)
+            return PassResult((Site("", "scale"),))
+
+    inputs = (torch.randn(3, 4), torch.tensor([0, 1, 0]))
+    program = capture_module(Masked(), *inputs)
+    program.examples = [list(inputs)]
+    record = manager_for(program).run(program, [MoveScale()]).history[-1]
+    assert record.verification["error_float64"] <= 1e-12
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_complex_values_are_compared_by_both_parts():
+    x = torch.tensor([[0.25, 0.5]])
+    before = capture_module(Function(lambda x: torch.view_as_real(torch.polar(x.exp(), x))), x)
+    after = before.clone()
+    [polar] = after.nodes(aten.polar.default)
+    polar.args = (polar.args[0], polar.args[0])
+    found = first_divergence(before, after, [x], 0)
+    assert found.node == polar.name
+    angle, turned = x[0, 1], x[0, 1].exp()
+    assert found.before == pytest.approx(float(turned * angle.cos()))
+    assert found.after == pytest.approx(float(turned * turned.cos()))
+
+
 # --- lossy passes ---------------------------------------------------------------------------
 
 
@@ -180,6 +222,10 @@ def test_measures_of_empty_integer_and_infinite_tensors():
     empty = torch.empty(0, 3)
     assert max_error(empty, empty) == rms_error(empty, empty) == 0
     assert max_error(torch.tensor([1, 2]), torch.tensor([1, 3])) == math.inf
+    turned = torch.polar(torch.ones(3), torch.arange(3.0))
+    assert max_error(turned, turned) == 0
+    assert max_error(turned, turned.conj()) == pytest.approx(2 * math.sin(2) * math.sqrt(2))
+    assert max_error(turned, turned.real) == math.inf
     assert max_error(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0])) == math.inf
     infinite = torch.tensor([1.0, -torch.inf])
     assert max_error(infinite, infinite) == 0

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 
 import fxopt
 from fxopt.errors import InputError
-from tests.models import randomize
+from tests.models import optimize_zoo, zoo_model
 from tests.zoo import ZOO
 
 RECIPE = {"passes": ["canonicalize"], "lowering": {"speed_gate": False}}
@@ -17,10 +17,7 @@ RECIPE = {"passes": ["canonicalize"], "lowering": {"speed_gate": False}}
 
 @cache
 def pair(name: str):
-    torch.manual_seed(0)
-    model = ZOO[name]().eval()
-    randomize(model)
-    return model, fxopt.optimize(model, RECIPE, verify="fast")
+    return zoo_model(name).model, optimize_zoo(name, RECIPE)
 
 
 def close(a, b) -> bool:

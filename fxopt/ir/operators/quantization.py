@@ -55,18 +55,18 @@ def _choose_qparams(
         return x.new_ones(counts, dtype=compute), x.new_zeros(counts, dtype=torch.int32)
     blocked, axes = _blocked(x.detach().to(compute), block)
     counts = block_counts(x.shape, block)
+    # A scale is at least the smallest normal number: a block of zeros stays exact and finite, and a
+    # denormal scale would have too few bits for its block to stay within the range.
+    least = torch.finfo(torch.float32).tiny
     if symmetric:
         reach = blocked.abs().amax(axes)
-        scale = reach / ((quant_max - quant_min) / 2)
+        scale = (reach / ((quant_max - quant_min) / 2)).clamp(min=least)
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
     else:
         low = blocked.amin(axes).clamp(max=0)
         high = blocked.amax(axes).clamp(min=0)
-        scale = (high - low) / (quant_max - quant_min)
-        safe = torch.where(scale > 0, scale, 1)
-        zero_point = (quant_min - torch.round(low / safe)).to(torch.int32)
-    # A block of zeros has scale 0; the smallest normal number keeps it exact and finite.
-    scale = torch.where(scale == 0, torch.finfo(torch.float32).tiny, scale)
+        scale = ((high - low) / (quant_max - quant_min)).clamp(min=least)
+        zero_point = (quant_min - torch.round(low / scale)).to(torch.int32)
     return scale.reshape(counts), zero_point.reshape(counts)
 
 

@@ -1,6 +1,6 @@
 // int8 quantization of rows.
-//   symmetric:  scale = max(|x|) / 127, q = round_half_even(x / scale);
-//   asymmetric: low = min(0, min x), high = max(0, max x), scale = (high - low) / 255,
+//   symmetric:  scale = max(max(|x|) / 127, tiny), q = round_half_even(x / scale);
+//   asymmetric: low = min(0, min x), high = max(0, max x), scale = max((high - low) / 255, tiny),
 //               zero_point = -128 - round_half_even(low / scale),
 //               q = clamp(round_half_even(x / scale) + zero_point, -128, 127).
 #pragma once
@@ -67,8 +67,8 @@ inline int32_t quantize_row(const float* __restrict x, int64_t n, int8_t* __rest
     std::memset(q, 0, n);
     return 0;
   }
-  const int32_t zero = -128 - static_cast<int32_t>(std::rint(s > 0.0f ? low / s : low));
-  s = s == 0.0f ? std::numeric_limits<float>::min() : s;
+  s = s < std::numeric_limits<float>::min() ? std::numeric_limits<float>::min() : s;
+  const int32_t zero = -128 - static_cast<int32_t>(std::rint(low / s));
   *scale = s;
   *zero_point = zero;
   int32_t sum = 0;

@@ -11,7 +11,7 @@ scale that is not finite, so what is computed from it is NaN and not a plausible
 `quantize_rows` offers the asymmetric variant to the operators that quantize what they read:
 
     low = min(0, min_k x_k)                     high = max(0, max_k x_k)
-    scale = (high - low) / 255, or tiny for 0   zero_point = -128 - round_half_even(low / scale)
+    scale = max((high - low) / 255, tiny)       zero_point = -128 - round_half_even(low / scale)
     q = clamp(round_half_even(x / scale) + zero_point, -128, 127)
 
 which is `fxopt::choose_qparams` and `fxopt::quantize` on [-128, 127] with a block per token.
@@ -59,10 +59,9 @@ def quantize_rows(x: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor, Tensor |
         rows = rows.new_zeros((*x.shape[:-1], 1))
     low = rows.amin(-1, keepdim=True).clamp(max=0)
     high = rows.amax(-1, keepdim=True).clamp(min=0)
-    scale = (high - low) / 255
+    scale = ((high - low) / 255).clamp_min(TINY)
     finite = scale.isfinite()
-    zero_point = -128 - torch.round(low / torch.where(scale > 0, scale, 1))
-    scale = torch.where(scale == 0, TINY, scale)
+    zero_point = -128 - torch.round(low / scale)
     q = (torch.round(rows / scale) + zero_point).clamp(-128, 127)
     q = torch.where(finite, q, 0.0).to(torch.int8)[..., : x.size(-1)]
     return q, scale, torch.where(finite, zero_point, 0.0).to(torch.int32)

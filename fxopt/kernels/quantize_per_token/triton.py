@@ -46,9 +46,9 @@ def quantize_per_token_kernel(
         lowest = low.to(tl.float32, bitcast=True)
         s = tl.div_rn(high.to(tl.float32, bitcast=True) + lowest, 255.0)
         finite = s < float("inf")
-        zero = (tl.div_rn(lowest, tl.where(s > 0.0, s, 1.0)) + 12582912.0) - 12582912.0
+        s = tl.where(s < 1.1754943508222875e-38, 1.1754943508222875e-38, s)
+        zero = (tl.div_rn(lowest, s) + 12582912.0) - 12582912.0
         zero = tl.where(finite, zero - 128.0, 0.0)
-        s = tl.where(s == 0.0, 1.1754943508222875e-38, s)
         tl.store(zero_point + row, zero.to(tl.int32))
     else:
         bits = tl.maximum(high, low)

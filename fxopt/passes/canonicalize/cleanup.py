@@ -135,8 +135,14 @@ def _cat_axis(node: Node) -> int:
 
 
 def _not_empty(match: Match) -> list[Node]:
-    axis = _cat_axis(match.root)
-    return [piece for piece in match.pieces if fixed(shape_of(piece)[axis]) != 0]
+    axis, rank = _cat_axis(match.root), len(shape_of(match.root))
+
+    def length(piece: Node) -> int | None:
+        shape = shape_of(piece)
+        # Among tensors of any rank, cat skips a vector of nothing.
+        return fixed(shape[axis] if len(shape) == rank else shape[0])
+
+    return [piece for piece in match.pieces if length(piece) != 0]
 
 
 def remove_dead(program: Program) -> int:

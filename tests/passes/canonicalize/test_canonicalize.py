@@ -1,18 +1,17 @@
 """The whole pass on tiny models: what is raised, and that nothing else changes."""
 
-import functools
 
 import pytest
 import torch
 
-from fxopt.capture.pretrained import capture_pretrained
 from fxopt.ir.legality import check_program
 from fxopt.ir.program import Level, Program
 from fxopt.passes.base import Context, registered_passes
 from fxopt.passes.canonicalize.canonicalize import RAISED, Canonicalize, describe
 from tests.graphs import capture_module, count, relative_error, run, run_float64, signature_of
+from tests.models import zoo_model
 from tests.passes.canonicalize.rules import canonical
-from tests.zoo import BLOCKS, ZOO
+from tests.zoo import BLOCKS
 
 LAYERS = 2
 # rms_norm, layer_norm, rope, attention, linear, gelu and silu together; two layers each.
@@ -32,10 +31,8 @@ EXPECTED = {
 }
 
 
-@functools.cache
 def zoo_program(name: str) -> Program:
-    torch.manual_seed(0)
-    return capture_pretrained(ZOO[name]().eval(), None)
+    return zoo_model(name).program
 
 
 def counts(program: Program) -> tuple[int, ...]:

@@ -29,6 +29,8 @@ NOTHING = {
     "minus zero": lambda x: x - 0,
     "power one": lambda x: x**1,
     "one piece": lambda x: torch.cat([x], 0),
+    "an empty piece": lambda x: torch.cat([x[:, :0], x], 1),
+    "a vector of nothing": lambda x: torch.cat([torch.zeros(0), x], -2),
     "reshape": lambda x: x.reshape(x.shape),
 }
 
