@@ -39,7 +39,7 @@ aten = torch.ops.aten
 class WeightOptions:
     """How weights of linears are stored."""
 
-    dtype: Literal["int8"] = "int8"
+    dtype: Literal["int8", "int4"] = "int8"
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = None
     symmetric: bool = True
@@ -58,7 +58,7 @@ class WeightOptions:
 class ActivationOptions:
     """How inputs of linears are rounded: "token" at run time, "tensor" from calibration."""
 
-    dtype: Literal["int8"] = "int8"
+    dtype: Literal["int8", "int4"] = "int8"
     granularity: Literal["token", "tensor"] = "token"
     symmetric: bool = True
 

@@ -12,8 +12,10 @@ from fxopt.ir.program import Program, dtype_of, shape_of
 from fxopt.passes.base import Context
 from fxopt.rewrite.builder import Builder
 
-INTEGER_RANGE = {"int8": (torch.int8, -128, 127)}
-SYMMETRIC_RANGE = {"int8": (torch.int8, -127, 127)}  # -127: negation stays exact
+# int4 values are held one per byte.
+INTEGER_RANGE = {"int8": (torch.int8, -128, 127), "int4": (torch.int8, -8, 7)}
+# Without the smallest integer, so that negation stays exact.
+SYMMETRIC_RANGE = {"int8": (torch.int8, -127, 127), "int4": (torch.int8, -7, 7)}
 
 
 class WeightChoice(Protocol):
