@@ -34,20 +34,27 @@ size = sum(p.numel() * p.element_size() for p in model.parameters())
 def resident():
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
-before, peak, done = resident(), 0, False
+before, peak, done, stage, peaks = resident(), 0, False, "", {}
+def tell(name, detail=""):
+    global stage
+    stage = name
 def watch():
     global peak
     while not done:
-        peak = max(peak, resident())
+        now = resident()
+        peak = max(peak, now)
+        peaks[stage] = max(peaks.get(stage, 0), now)
         time.sleep(0.002)
 watcher = threading.Thread(target=watch); watcher.start()
-started = time.perf_counter()
-optimized = fxopt.optimize(model, "w8a8-dynamic", inplace=inplace)
-seconds = time.perf_counter() - started
+started, used = time.perf_counter(), time.process_time()
+optimized = fxopt.optimize(model, "w8a8-dynamic", inplace=inplace, progress=tell)
+seconds, used = time.perf_counter() - started, time.process_time() - used
 done = True; watcher.join()
 seconds_by_pass = {r.name: r.seconds for r in optimized.report.history}
 print(json.dumps({"layers": layers, "inplace": inplace, "model_mb": size / 1e6,
-    "seconds": seconds, "peak_over_model": 1 + (peak - before) / size, "passes": seconds_by_pass}))
+    "seconds": seconds, "cpu_seconds": used, "peak_over_model": 1 + (peak - before) / size,
+    "peak_by_stage": {name: 1 + (p - before) / size for name, p in peaks.items() if name},
+    "passes": seconds_by_pass}))
 """
 
 

@@ -16,11 +16,10 @@ from fxopt.passes.base import Exactness, Pass, PassResult
 from fxopt.pipeline.attribution import first_divergence, guilty_site
 from fxopt.pipeline.measure import Inputs, layer_decibels, measure, rms_error, worst_error
 from fxopt.pipeline.tolerances import (
+    EDITS_IN_MEMORY,
     EQUIVALENT_FLOAT64,
     NOISE_FLOOR,
     NOISE_SLACK,
-    ROUNDED_WEIGHTS,
-    TWIN_BYTES,
 )
 
 
@@ -96,8 +95,9 @@ class Verifier:
         reference = run_float64(case.before, inputs)
         outputs = run_float64(case.after, inputs)
         error, index = worst_error(outputs, reference)
-        if not error <= case.tolerance:
-            raise _not_equivalent(case, inputs, index, error, f"{case.tolerance:g}", "float64")
+        if not error <= EQUIVALENT_FLOAT64:
+            allowed = f"{EQUIVALENT_FLOAT64:g}"
+            raise _not_equivalent(case, inputs, index, error, allowed, "float64")
         return error
 
     def _own_dtype(self, case: "_Case", inputs: Inputs) -> float:
@@ -145,21 +145,20 @@ class Verifier:
 
 @dataclass(frozen=True)
 class _Case:
-    """One pass, the programs around it, and how far apart they may be in float64."""
+    """One pass and the programs around it."""
 
     a_pass: Pass
     before: Program
     after: Program
     result: PassResult
-    tolerance: float = EQUIVALENT_FLOAT64
 
 
 def _float64_case(case: _Case, repeat: Callable[[Program], Program]) -> _Case:
     """The case to judge in float64.
 
     A pass that edits floating weights rounds them to the model's dtype. It is repeated on a
-    float64 twin, where nothing rounds; a model too large for a twin is judged with the rounding
-    allowed for.
+    float64 twin, where nothing rounds. Of the twin only the edits are stored in float64, on disk
+    beyond a limit, so that a model of any size is held to the same number.
     """
     before, after = case.before.weights(), case.after.weights()
     edited = any(
@@ -171,11 +170,7 @@ def _float64_case(case: _Case, repeat: Callable[[Program], Program]) -> _Case:
     )
     if not edited:
         return case
-    if case.before.byte_count() > TWIN_BYTES:
-        dtypes = [value.dtype for value in after.values() if value.is_floating_point()]
-        rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
-        return dataclasses.replace(case, tolerance=ROUNDED_WEIGHTS * rounding)
-    twin = promote_program(case.before)
+    twin = promote_program(case.before, EDITS_IN_MEMORY)
     return dataclasses.replace(case, before=twin, after=repeat(twin))
 
 
