@@ -58,6 +58,8 @@ done = True; watcher.join()
 seconds_by_pass = {r.name: r.seconds for r in optimized.report.history}
 print(json.dumps({"layers": layers, "inplace": inplace, "model_mb": size / 1e6,
     "seconds": seconds, "cpu_seconds": used, "peak_over_model": 1 + (peak - before) / size,
+    "program_mb": optimized.program.byte_count() / 1e6,
+    "lowered_mb": optimized.lowered.byte_count() / 1e6,
     "peak_by_stage": {name: 1 + (p - before) / size for name, p in peaks.items() if name},
     "passes": seconds_by_pass}))
 """
@@ -74,10 +76,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--inplace", action="store_true", help="only runs that give up the model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for layers, inplace in itertools.product(options.layers, (False, True)):
+    kinds = (True,) if options.inplace else (False, True)
+    for layers, inplace in itertools.product(options.layers, kinds):
         rows.append(measure(layers, options.width, inplace))
         if options.json:  # after each run: the large ones take minutes
             options.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -14,7 +14,7 @@ from fxopt.kernels import KERNELS, ensure_native
 from fxopt.lowering import cpu, cuda
 from fxopt.lowering.gate import SpeedGate, Timing
 from fxopt.lowering.merge import merge_siblings
-from fxopt.lowering.quantized import float_weight
+from fxopt.lowering.quantized import float_weight, is_stored_weight
 from fxopt.lowering.rule import LoweringRule
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.driver import apply_rules, erase_dead
@@ -180,7 +180,7 @@ class KeepFloating(LoweringRule):
     def check(self, program: Program, match: Match) -> str | None:
         if self.only is not None and match.root.name not in self.only:
             return "it has a kernel"
-        return None if float_weight(program, match.weight) is not None else "no stored weight"
+        return None if is_stored_weight(program, match.weight) else "no stored weight"
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         return build.call(aten.linear.default, match.x, match.weight, match.bias)
