@@ -11,6 +11,7 @@ from torch import Tensor
 from fxopt.analysis.execution import promote, run, run_float64
 from fxopt.analysis.promotion import promote_program
 from fxopt.errors import NotEquivalentError, QualityFloorError
+from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Program, Site
 from fxopt.passes.base import Exactness, Pass, PassResult
 from fxopt.pipeline.attribution import first_divergence, guilty_site
@@ -123,6 +124,7 @@ class Verifier:
         chosen = self.natural or self.inputs
         chosen = chosen if self.mode == "full" else chosen[:1]
         measured = measure(before, after, chosen)
+        release_freed_memory()  # every weight was there once in floating point
         layers = layer_decibels(before, after, chosen[0], result)
         problems: list[str] = []
         if not measured.sqnr_db > -torch.inf:
