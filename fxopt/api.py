@@ -11,16 +11,16 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from fxopt.analysis.calibration import Sample
 from fxopt.capture import capture_program
-from fxopt.errors import LoadError, RecipeError
+from fxopt.errors import InputError, LoadError, RecipeError
 from fxopt.ir.diff import Diff
 from fxopt.ir.diff import diff as diff_programs
+from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Program
 from fxopt.lowering import Lowered, LoweringOptions, lower, resolve_target
 from fxopt.lowering.device import move_program
 from fxopt.pipeline.data import calibration_samples, standard_texts
 from fxopt.pipeline.lowered_check import check_lowered
 from fxopt.pipeline.manager import Expectation, Manager, Progress
-from fxopt.pipeline.memory import release_freed_memory
 from fxopt.pipeline.recipe import Recipe, presets
 from fxopt.pipeline.report import Report, build_report
 from fxopt.pipeline.tokenizer import load_tokenizer
@@ -54,8 +54,8 @@ def optimize(
         calibration: inputs like the model's own, or texts where there is a tokenizer.
         target: "auto", "reference", "cpu" or "cuda"; overrides the recipe's.
         verify: "full", "fast" or "off"; overrides the recipe's.
-        inplace: give up `model`: nothing is copied, and its weights are freed when every pass
-            has been verified, before the program is lowered.
+        inplace: give up `model`: nothing is copied, and its weights are freed at the end, when
+            every pass and every kernel has been checked. Whatever fails, fails before that.
         progress: show a progress bar, or a callable that is told each stage.
 
     Returns:
@@ -73,7 +73,7 @@ def optimize(
         tell("capture")
         program = capture_program(model, example_inputs)
         options = _lowering_options(resolved, target)
-        resolve_target(program, options.target)  # refused now, before anything is given up
+        resolve_target(program, options.target)  # refused now, before hours of work
         tokenizer = _tokenizer_of(model)
         samples = _LazySamples(program, resolved, calibration, tokenizer)
         manager = Manager(
@@ -87,20 +87,22 @@ def optimize(
         )
         captured = program
         program = manager.run(program, passes)
-        if inplace:
-            _consume(model)
-        else:
+        if not inplace:
             _part_from(model, program)
         bytes_before = captured.byte_count()
         del captured
         release_freed_memory()
         tell("lower")
         lowered = lower(program, options)
+        release_freed_memory()
         check_lowered(program, lowered, manager.verifier)
         report = build_report(
             model, resolved, program, lowered, bytes_before, time.perf_counter() - started
         )
-        return _assemble(model, program, lowered, resolved, report, options)
+        optimized = _assemble(model, program, lowered, resolved, report, options)
+        if inplace:
+            _consume(model)
+        return optimized
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> Program:
@@ -113,7 +115,11 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
 
 
 def diff(a: Any, b: Any) -> Diff:
-    """What differs between two programs or optimized models, in terms of module paths."""
+    """What differs between two programs or optimized models, in terms of module paths.
+
+    Raises:
+        InputError: one of them is neither.
+    """
     return diff_programs(_program_of(a), _program_of(b))
 
 
@@ -306,4 +312,11 @@ def _config_from(data: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _program_of(value: Any) -> Program:
-    return value.program if isinstance(value, OptimizedModel) else value
+    if isinstance(value, OptimizedModel):
+        return value.program
+    if isinstance(value, Program):
+        return value
+    raise InputError(
+        f"asked to compare a {type(value).__name__}; fxopt.diff takes programs and optimized "
+        "models. Capture a model first: fxopt.capture(model)."
+    )

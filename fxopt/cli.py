@@ -267,7 +267,7 @@ def _counts(title: str, counts: "Counter[str]") -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
         table.add_column(column)
     return table

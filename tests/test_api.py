@@ -200,12 +200,13 @@ class Branching(nn.Module):
         return x - 1
 
 
-def test_data_dependent_control_flow(refused):
+def test_data_dependent_control_flow(refused, capfd):
+    module, first = Branching().eval(), inspect.getsourcelines(Branching.forward)[1]
     message = refused(
-        Branching().eval(), CANONICAL, CaptureError, "torch.where|cond", example_inputs=example()
+        module, CANONICAL, CaptureError, "torch.where, torch.cond", example_inputs=example()
     )
-    first = inspect.getsourcelines(Branching.forward)[1]
-    assert f"line {first + 1}" in message
+    assert f"(in forward, line {first + 1})" in message
+    assert capfd.readouterr().err == ""  # not the graph that torch.export had so far
 
 
 @pytest.mark.parametrize(
@@ -243,12 +244,13 @@ def test_missing_calibration(refused):
     ("calibration", "error", "match"),
     [
         ([], CalibrationError, "calibration"),
+        (5, CalibrationError, "calibration is a int; pass a list"),
         (["some text"], CalibrationError, r"no tokenizer.*tokenizer\(text"),
         ([(torch.full((2, 3, 16), torch.nan),)], CalibrationError, "NaN or infinity"),
         ([{"y": torch.randn(2, 3, 16)}], InputError, "does not fit the captured signature"),
         ([(torch.randn(2, 3, 17),)], FxoptError, "16"),
     ],
-    ids=["empty", "text", "nan", "name", "shape"],
+    ids=["empty", "number", "text", "nan", "name", "shape"],
 )
 def test_calibration_that_cannot_be_used(refused, calibration, error, match):
     refused(mlp(), STATIC, error, match, example_inputs=example(), calibration=calibration)
@@ -261,6 +263,21 @@ def test_broken_weights(refused, value, word):
         model.up.weight[3, 4] = value
     match = rf"'up.weight' \[32, 16\].*holds {word} values.*checkpoint is damaged"
     refused(model, CANONICAL, ModelError, match, example_inputs=example())
+
+
+def test_a_buffer_may_be_infinite_and_not_nan(refused):
+    model = mlp()
+    model.register_buffer("limit", torch.tensor([torch.nan]))
+    match = r"buffer 'limit' \[1\].*holds NaN.*checkpoint is damaged"
+    refused(model, CANONICAL, ModelError, match, example_inputs=example())
+    model.limit.fill_(torch.inf)
+    fxopt.capture(model, example())
+
+
+def test_nan_in_an_example(refused):
+    match = r"input 'arg0' \[2, 3, 16\] holds NaN.*Pass inputs like those"
+    inputs = (torch.full((2, 3, 16), torch.nan),)
+    refused(mlp(), CANONICAL, InputError, match, example_inputs=inputs)
 
 
 def test_weights_without_values(tmp_path):
@@ -385,6 +402,37 @@ def test_the_model_is_untouched_and_shares_no_memory(recipe):
     assert torch.equal(optimized(*x)["y"], result)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_every_batch_length_and_padding(name):
+    model = hf_model(name)
+    before = snapshot(model)
+    calls = [sized_inputs(name, *size) for size in ((1, 1), (1, 7), (3, 1), (2, 13), (5, 2))]
+    with torch.no_grad():
+        expected = [model(**inputs)[0] for inputs in calls]
+    optimized = optimize(model, DYNAMIC, verify="fast")
+    for inputs, wanted in zip(calls, expected, strict=True):
+        result = optimized(**inputs)[0]
+        real = inputs["attention_mask"].bool()
+        assert result.shape == wanted.shape
+        assert float((result - wanted)[real].norm() / wanted[real].norm()) < 0.1
+    assert_untouched(model, before)
+    with torch.no_grad():
+        assert all(
+            torch.equal(model(**inputs)[0], wanted)
+            for inputs, wanted in zip(calls, expected, strict=True)
+        )
+
+
+def sized_inputs(name: str, batch: int, length: int) -> dict:
+    """Random tokens, the first row padded: decoders on the left, encoders on the right."""
+    generator = torch.Generator().manual_seed(batch * length)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    padded = slice(0, length // 2) if name == "llama" else slice(length - length // 2, length)
+    mask[0, padded] = 0
+    ids = torch.randint(3, 99, (batch, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def test_inplace_takes_the_weights_over():
     model, x = mlp(), example()
     optimized = optimize(model, DYNAMIC, example_inputs=x, inplace=True)
@@ -397,6 +445,17 @@ def test_inplace_keeps_the_model_where_a_pass_fails():
     before = snapshot(model)
     with pytest.raises(CalibrationError):
         optimize(model, STATIC, example_inputs=example(), inplace=True)
+    assert_untouched(model, before)
+
+
+def test_inplace_keeps_the_model_where_a_kernel_is_found_wrong(monkeypatch):
+    """Kernels are checked last of all; the model is given up after that."""
+    wanted = dict.fromkeys([torch.float32], torch.nan)  # no kernel is that good
+    monkeypatch.setattr("fxopt.pipeline.lowered_check.KERNEL_SQNR_DB", wanted)
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(LoweringError, match=r"differs from its reference.*target='reference'"):
+        optimize(model, DYNAMIC, example_inputs=example(), inplace=True)
     assert_untouched(model, before)
 
 
@@ -425,6 +484,11 @@ def test_capture_and_diff():
     assert not fxopt.diff(optimized_mlp(), optimized_mlp())
 
 
+def test_only_programs_are_compared():
+    with pytest.raises(InputError, match=r"compare a Mlp.*fxopt\.capture\(model\)"):
+        fxopt.diff(optimized_mlp(), mlp())
+
+
 def test_passes_and_recipes_have_a_line_each():
     passes, recipes = fxopt.passes(), fxopt.recipes()
     assert {"canonicalize", "quantize"} <= set(passes)
@@ -447,6 +511,8 @@ def test_explain_one_module():
     assert "down" not in text
     with pytest.raises(InputError, match="no module 'upp'.*Did you mean 'up'"):
         optimized_mlp().explain("upp")
+    with pytest.raises(InputError, match="no module 'zzz'. There are 'down', 'up' and so on"):
+        optimized_mlp().explain("zzz")
 
 
 def test_report_as_markdown_and_html(tmp_path):

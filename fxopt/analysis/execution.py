@@ -16,7 +16,11 @@ Watch = Callable[[Node, Any], None]
 class _Watched(Interpreter):
     def __init__(self, program: Program, watch: Watch | None) -> None:
         super().__init__(program.graph_module)
+        self.program = program
         self.watch = watch
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.program.weight(target)  # a float64 twin converts what it stores
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
@@ -31,6 +35,9 @@ class _Promoted(_Watched):
     Weights are promoted where they are used and freed at once, so that a model never exists a
     second time in float64.
     """
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return Interpreter.get_attr(self, target, args, kwargs)  # as it is stored
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         args = map_aggregate(args, promote)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from fxopt.capture.model_check import refuse_broken_model
+from fxopt.capture.model_check import refuse_broken_model, refuse_nan_inputs
 from fxopt.capture.module import capture_module, split_example
 from fxopt.capture.pretrained import capture_pretrained, keyword_tensors
 from fxopt.errors import InputError
@@ -32,6 +32,7 @@ def capture_program(model: nn.Module, example_inputs: Any = None) -> Program:
         if example_inputs is not None:
             args, kwargs = split_example(example_inputs)
             tensors = keyword_tensors(model, args, kwargs)
+            refuse_nan_inputs(tensors, tensors.values())
         return capture_pretrained(model, tensors)
     if example_inputs is None:
         raise InputError(

@@ -4,7 +4,9 @@ import contextlib
 import copy
 import operator
 import re
+import traceback
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ _ASSERTIONS = (
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 )
+# Where the frames of a traceback are not the model's own.
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _REGION_CALLS = (
     torch.ops.higher_order.wrap_with_set_grad_enabled,
     torch.ops.higher_order.wrap_with_autocast,
@@ -52,7 +56,10 @@ def export_flat(
     """
 
     def flat_forward(*args: Tensor) -> list[Tensor]:
-        return forward(*args)
+        try:
+            return forward(*args)
+        except Exception as error:
+            raise _ModelError from error
 
     shapes = [
         dict.fromkeys(
@@ -71,10 +78,23 @@ def export_flat(
                 # vary, a guard on them would only be in the way of a captured cache.
                 prefer_deferred_runtime_asserts_over_guards=dynamic is not None,
             )
+    except _ModelError as error:
+        raise CaptureError(_explain(error.__cause__ or error)) from error.__cause__
     except Exception as error:
         raise CaptureError(_explain(error)) from error
     traced: Any = exported.module(check_guards=False)
     return _clean(traced, list(tensors), module)
+
+
+class _ModelError(Exception):
+    """Carries what the model raised through torch.export, which prints the graph it had so far.
+
+    The graph is hung on the exception; this one does not take it.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "partial_fx_graph":
+            super().__setattr__(name, value)
 
 
 @contextlib.contextmanager
@@ -108,11 +128,12 @@ def evaluation_mode(module: nn.Module) -> Generator[None]:
             child.training = mode
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     first = re.sub(r"\s+", " ", text.split("\n\n")[0])[:400]
-    source = re.search(r'File "([^"]+)", line (\d+), in (\w+)(?!.*File ")', text, re.DOTALL)
-    where = f" (in {source[3]}, line {source[2]})" if source else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    source = [f for f in frames if not f.filename.startswith((*_NOT_THE_MODEL, "<"))]
+    where = f" (in {source[-1].name}, line {source[-1].lineno})" if source else ""
     data_dependent = (
         "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__
     )

@@ -1,9 +1,11 @@
-"""Refuse a model that no optimizer could do anything right with."""
+"""Refuse models and example inputs that nothing right could be done with."""
+
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fxopt.errors import ModelError
+from fxopt.errors import InputError, ModelError
 
 
 def refuse_broken_model(model: object) -> None:
@@ -27,6 +29,26 @@ def refuse_broken_model(model: object) -> None:
             raise ModelError(
                 f"weight {name!r} {list(parameter.shape)} {parameter.dtype} holds {kind} values. "
                 "The checkpoint is damaged or training diverged; nothing was changed."
+            )
+    for name, buffer in model.named_buffers():  # infinity may be meant there: a mask, say
+        if buffer.is_floating_point() and not buffer.is_meta and bool(torch.isnan(buffer).any()):
+            raise ModelError(
+                f"buffer {name!r} {list(buffer.shape)} {buffer.dtype} holds NaN values. "
+                "The checkpoint is damaged or training diverged; nothing was changed."
+            )
+
+
+def refuse_nan_inputs(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
+    """Check example inputs: where NaN goes in, NaN comes out, and every comparison is empty.
+
+    Raises:
+        InputError: an input holds NaN. Infinity may be meant: a mask, say.
+    """
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+            raise InputError(
+                f"example input {name!r} {list(tensor.shape)} holds NaN, so that nothing could be "
+                "checked with it. Pass inputs like those the model will see."
             )
 
 

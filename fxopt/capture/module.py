@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 
 from fxopt.capture.check import Comparison, compare_outputs
 from fxopt.capture.export import dimensions, export_flat, readable_dimensions
+from fxopt.capture.model_check import refuse_nan_inputs
 from fxopt.capture.tensors import take_cyclic
 from fxopt.errors import CaptureError, InputError
 from fxopt.ir.program import Program
@@ -42,6 +43,7 @@ class _ModuleCapture:
                 "fxopt.optimize(model, recipe, example_inputs=(x,))."
             )
         self.names = _unique_names(self.input_structure)
+        refuse_nan_inputs(self.names, self.leaves)
         self.output_structure: Structure = {}
         self.module_forward: Callable[..., Any] = module.forward
 

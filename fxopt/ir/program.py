@@ -2,7 +2,7 @@
 
 import copy
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -122,7 +122,7 @@ class Program:
         calls = [node for node in self.graph.nodes if node.op == "call_function"]
         return [node for node in calls if node.target in targets] if targets else calls
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         """Every tensor the graph module holds, by name; tied tensors appear once."""
         return dict(iterate_weights(self.graph_module))
 
@@ -161,7 +161,7 @@ class Program:
         """Bytes of all weights and buffers, each storage counted once."""
         storages = {
             tensor.untyped_storage().data_ptr() or id(tensor): tensor.untyped_storage().nbytes()
-            for tensor in self.weights().values()
+            for _, tensor in iterate_weights(self.graph_module)
         }
         return sum(storages.values())
 

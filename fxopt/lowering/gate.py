@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Program, module_path
 from fxopt.ir.runner import Runner
 from fxopt.lowering.quantized import float_weight
@@ -95,6 +96,7 @@ class SpeedGate:
         faster = self._faster(program, leaves, before, kernel, key)
         for part in (plain, after):
             part.release()
+        release_freed_memory()  # the next site may be another weight's
         return faster
 
     def _faster(

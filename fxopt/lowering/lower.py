@@ -13,8 +13,8 @@ from fxopt.ir.program import Level, Program, Refusal, Site, has_effect
 from fxopt.kernels import KERNELS, ensure_native
 from fxopt.lowering import cpu, cuda
 from fxopt.lowering.gate import SpeedGate, Timing
-from fxopt.lowering.merge import MergedRows, merge_siblings, share_rows
-from fxopt.lowering.quantized import float_weight
+from fxopt.lowering.merge import merge_siblings
+from fxopt.lowering.quantized import float_weight, is_stored_weight
 from fxopt.lowering.rule import LoweringRule
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.driver import apply_rules, erase_dead
@@ -109,10 +109,9 @@ def lower(program: Program, options: LoweringOptions) -> Lowered:
     if target == "cpu":
         status = ensure_native()
         lowered.native = str(status)
-    rows = _apply_table(lowered, gate, target)
+    _apply_table(lowered, program, gate, target)
     _drop_leftover_quantization(lowered)
     _finish(lowered.program)
-    share_rows(program, lowered.program, rows)
     lowered.timings, lowered.decisions = gate.timings, gate.decisions
     lowered.timed_sites = gate.sites
     return lowered
@@ -123,18 +122,16 @@ def default_shapes(program: Program) -> list[tuple[int, int]]:
     return [(1, 1), (1, 128)] if program.signature.cache else [(1, 128), (8, 64)]
 
 
-def _apply_table(lowered: Lowered, gate: SpeedGate, target: str) -> list[MergedRows]:
+def _apply_table(lowered: Lowered, original: Program, gate: SpeedGate, target: str) -> None:
     if target == "cuda":
         for rules in (cuda.INTEGER, cuda.EPILOGUES):
             _apply(lowered, gate, rules)
-        return []
+        return
     # Norms come before linears are merged, gates after: a merged gate and up is one product.
     _apply(lowered, gate, (*cpu.INTEGER, *cpu.ELEMENTWISE))
     _apply(lowered, gate, cpu.EPILOGUES)
-    sites, rows = merge_siblings(lowered.program)
-    lowered.sites += sites
+    lowered.sites += merge_siblings(lowered.program, original)
     _apply(lowered, gate, cpu.BLOCKS)
-    return rows
 
 
 def _apply(lowered: Lowered, gate: SpeedGate, rules: Sequence[LoweringRule]) -> None:
@@ -183,7 +180,7 @@ class KeepFloating(LoweringRule):
     def check(self, program: Program, match: Match) -> str | None:
         if self.only is not None and match.root.name not in self.only:
             return "it has a kernel"
-        return None if float_weight(program, match.weight) is not None else "no stored weight"
+        return None if is_stored_weight(program, match.weight) else "no stored weight"
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         return build.call(aten.linear.default, match.x, match.weight, match.bias)

@@ -1,7 +1,6 @@
 """Linears that read the same activation become one: one quantization, one product."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,23 +14,13 @@ aten = torch.ops.aten
 ops = torch.ops.fxopt
 
 
-@dataclass(frozen=True)
-class MergedRows:
-    """Where the rows of a weight went: `merged[start : start + rows]`."""
-
-    weight: str
-    merged: str
-    start: int
-
-
-def merge_siblings(program: Program) -> tuple[list[Site], list[MergedRows]]:
+def merge_siblings(program: Program, original: Program) -> list[Site]:
     """Merge `dynamic_linear_w8a8` and `linear_w8a16` nodes that share their input.
 
-    The rows of their weights are stored one after the other; `share_rows` then makes the
-    originals views of them, so that nothing is held twice.
+    The rows of their weights are stored one after the other. The parts that `original`, the
+    program before lowering, holds become views of them at once, so that nothing is held twice.
     """
     sites: list[Site] = []
-    rows: list[MergedRows] = []
     for target in (ops.dynamic_linear_w8a8.default, ops.linear_w8a16.default):
         groups: dict[Any, list[Node]] = defaultdict(list)
         for node in program.nodes(target):
@@ -40,8 +29,8 @@ def merge_siblings(program: Program) -> tuple[list[Site], list[MergedRows]]:
                 groups[x, tuple(part is None for part in parts)].append(node)
         for nodes in groups.values():
             if len(nodes) > 1:
-                sites += _merge(program, target, nodes, rows)
-    return sites, rows
+                sites += _merge(program, original, target, nodes)
+    return sites
 
 
 def _mergeable(parts: list[Any]) -> bool:
@@ -53,14 +42,12 @@ def _mergeable(parts: list[Any]) -> bool:
     )
 
 
-def _merge(
-    program: Program, target: Any, nodes: list[Node], rows: list[MergedRows]
-) -> list[Site]:
+def _merge(program: Program, original: Program, target: Any, nodes: list[Node]) -> list[Site]:
     first = nodes[0]
     build = Builder(program, first, "lower/merge_siblings")
     x, *parts, activation = first.args
     stacked = [
-        _stack(build, [node.args[i + 1] for node in nodes], rows) for i in range(len(parts))
+        _stack(build, original, [node.args[i + 1] for node in nodes]) for i in range(len(parts))
     ]
     merged = build.call(target, x, *stacked, activation)
     start = 0
@@ -80,23 +67,15 @@ def _merge(
     return sites
 
 
-def _stack(build: Builder, parts: list[Any], rows: list[MergedRows]) -> Node | None:
+def _stack(build: Builder, original: Program, parts: list[Any]) -> Node | None:
     if parts[0] is None:
         return None
     names = [str(part.target) for part in parts]
     values = [build.program.weight(name) for name in names]
-    merged = f"{names[0]}_merged"
-    start = 0
-    for name, value in zip(names, values, strict=True):
-        rows.append(MergedRows(name, merged, start))
-        start += value.shape[0]
-    return build.weight(merged, torch.cat(values))
-
-
-def share_rows(program: Program, lowered: Program, rows: list[MergedRows]) -> None:
-    """Let the weights of `program` be views of the merged ones that `lowered` holds."""
-    mine, theirs = program.weights(), lowered.weights()
-    for row in rows:
-        value, merged = mine.get(row.weight), theirs.get(row.merged)
-        if value is not None and merged is not None and value.shape[1:] == merged.shape[1:]:
-            program.set_weight(row.weight, merged[row.start : row.start + value.shape[0]])
+    merged = torch.cat(values)
+    held = original.weights()
+    for name, value, rows in zip(names, values, merged.split([len(v) for v in values]), strict=True):
+        build.program.set_weight(name, rows)
+        if name in held and held[name].shape == value.shape:
+            original.set_weight(name, rows)
+    return build.weight(f"{names[0]}_merged", merged)

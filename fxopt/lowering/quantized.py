@@ -15,6 +15,7 @@ from fxopt.rewrite.pattern import Match, PatternOperators, Variable
 aten = torch.ops.aten
 ops = torch.ops.fxopt
 INT8 = torch.int8
+_ROWS_AT_ONCE = 64
 
 
 def _weight_pattern(op: PatternOperators) -> Any:
@@ -59,7 +60,9 @@ def row_scale(build: Builder, match: Match) -> Node:
 class _QuantizedLinear(LoweringRule):
     def _weight_sums(self, build: Builder, match: Match) -> Node:
         name = str(match.weight.target)
-        sums = build.program.weight(name).sum(1, dtype=torch.int32)
+        # Some rows at a time: a sum first converts all it is given, to four times the bytes.
+        rows = build.program.weight(name).split(_ROWS_AT_ONCE)
+        sums = torch.cat([part.sum(1, dtype=torch.int32) for part in rows])
         return build.weight(f"{name}_row_sums", sums)
 
 
@@ -231,11 +234,15 @@ class FuseRelu(_FuseActivation):
         return self._with(build, match, "relu")
 
 
+def is_stored_weight(program: Program, node: Node) -> bool:
+    """Whether a node dequantizes stored integers with a stored scale."""
+    return node.target is ops.dequantize.default and all(
+        program.constant(arg) is not None for arg in node.args[:2]
+    )
+
+
 def float_weight(program: Program, node: Node) -> Tensor | None:
     """The dequantized values of a weight's `dequantize` node, or None."""
-    if node.target is not ops.dequantize.default:
+    if not is_stored_weight(program, node):
         return None
-    constants = [program.constant(arg) for arg in node.args[:3]]
-    if constants[0] is None or constants[1] is None:
-        return None
-    return ops.dequantize(*constants, *node.args[3:])
+    return ops.dequantize(*map(program.constant, node.args[:3]), *node.args[3:])

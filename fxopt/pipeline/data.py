@@ -32,6 +32,11 @@ def calibration_samples(
     ready: list[Sample] = []
     if isinstance(calibration, str | Mapping | Tensor):
         calibration = [calibration]
+    if not hasattr(calibration, "__iter__"):
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}; pass a list of inputs like those of "
+            "the model, or of texts where there is a tokenizer."
+        )
     for entry in islice(calibration, samples):
         if isinstance(entry, str):
             texts.append(entry)

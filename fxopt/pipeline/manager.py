@@ -11,9 +11,9 @@ from torch import Tensor
 from fxopt.analysis.calibration import Sample, collect
 from fxopt.errors import CalibrationError, ExpectationError, FxoptError, PassError
 from fxopt.ir.legality import check_program
+from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import PassRecord, Program, has_effect
 from fxopt.passes.base import Context, Pass, PassResult
-from fxopt.pipeline.memory import release_freed_memory
 from fxopt.pipeline.verify import Verifier
 
 

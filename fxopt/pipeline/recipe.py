@@ -203,10 +203,10 @@ def _named(value: str) -> Recipe:
     path = Path(value)
     if path.suffix in SUFFIXES or len(path.parts) > 1:
         return _read(path)
-    advice = nearest(value, _preset_files()) or f"There are {', '.join(_preset_files())}."
+    advice = f"{nearest(value, _preset_files())} There are {', '.join(_preset_files())}."
     raise RecipeError(
-        f"there is no preset called {value!r}. {advice} A file is given by a path that ends in "
-        f"{' or '.join(SUFFIXES)}."
+        f"there is no preset called {value!r}. {advice.lstrip()} A file is given by a path that "
+        f"ends in {' or '.join(SUFFIXES)}."
     )
 
 

@@ -3,7 +3,7 @@
 import difflib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class Report:
         known = self.known_paths()
         if path not in ("", WHOLE_MODEL) and not any(_inside(other, path) for other in known):
             near = difflib.get_close_matches(path, known, n=3, cutoff=0.3)
-            advice = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            advice = f" Did you mean {' or '.join(map(repr, near))}?" if near else _some(known)
             raise InputError(f"the model has no module {path!r}.{advice}")
         lines = [path or WHOLE_MODEL]
         for record in self.history:
@@ -287,6 +287,12 @@ def _lowered_sites(lowered: Lowered) -> list[LoweredSite]:
 def _path_of(site: str) -> str:
     """The module path of a refusal's site, which may end in the node's name in brackets."""
     return site.partition(" [")[0]
+
+
+def _some(paths: Iterable[str]) -> str:
+    """The first modules there are, for who guessed none of them."""
+    shown = sorted(path for path in paths if path)[:5]
+    return f" There are {', '.join(map(repr, shown))} and so on." if shown else ""
 
 
 def _inside(path: str, module: str) -> bool:

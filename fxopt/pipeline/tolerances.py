@@ -5,10 +5,9 @@ import torch
 # Error over rms of the output, in float64, that an EQUIVALENT pass may leave behind: rounding.
 EQUIVALENT_FLOAT64 = 1e-9
 
-# A model of at most this many bytes is judged on a float64 twin when a pass edits its weights;
-# beyond, the edits' own rounding is allowed: this many units in the last place of an output.
-TWIN_BYTES = 2_000_000_000
-ROUNDED_WEIGHTS = 64.0
+# A pass that edits weights is repeated in float64 to be judged. So many bytes of what it writes
+# are held in memory; what goes beyond lies in temporary files while the pass is judged.
+EDITS_IN_MEMORY = 500_000_000
 
 # In the model's own dtype a rewrite reorders roundings. It may be as noisy as the original
 # (measured against float64), with this much slack for the luck of one sample.

@@ -11,17 +11,17 @@ from torch import Tensor
 from fxopt.analysis.execution import promote, run, run_float64
 from fxopt.analysis.promotion import promote_program
 from fxopt.errors import NotEquivalentError, QualityFloorError
+from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Program, Site
 from fxopt.passes.base import Exactness, Pass, PassResult
 from fxopt.pipeline.attribution import first_divergence, guilty_site
 from fxopt.pipeline.measure import Inputs, layer_decibels, measure, rms_error, worst_error
 from fxopt.pipeline.state_basis import StateBasis
 from fxopt.pipeline.tolerances import (
+    EDITS_IN_MEMORY,
     EQUIVALENT_FLOAT64,
     NOISE_FLOOR,
     NOISE_SLACK,
-    ROUNDED_WEIGHTS,
-    TWIN_BYTES,
 )
 
 # Runs the pass once more, on another program.
@@ -101,8 +101,9 @@ class Verifier:
         outputs = run_float64(case.after, case.state.inputs([promote(value) for value in inputs]))
         reference = case.state.outputs(reference)
         error, index = worst_error(outputs, reference)
-        if not error <= case.tolerance:
-            raise _not_equivalent(case, inputs, index, error, f"{case.tolerance:g}", "float64")
+        if not error <= EQUIVALENT_FLOAT64:
+            allowed = f"{EQUIVALENT_FLOAT64:g}"
+            raise _not_equivalent(case, inputs, index, error, allowed, "float64")
         return error
 
     def _own_dtype(self, case: "_Case", inputs: Inputs) -> float:
@@ -129,6 +130,7 @@ class Verifier:
         chosen = self.natural or self.inputs
         chosen = chosen if self.mode == "full" else chosen[:1]
         measured = measure(before, after, chosen)
+        release_freed_memory()  # every weight was there once in floating point
         layers = layer_decibels(before, after, chosen[0], result)
         problems: list[str] = []
         if not measured.sqnr_db > -torch.inf:
@@ -151,13 +153,12 @@ class Verifier:
 
 @dataclass(frozen=True)
 class _Case:
-    """One pass, the programs around it, and how far apart they may be in float64."""
+    """One pass and the programs around it."""
 
     a_pass: Pass
     before: Program
     after: Program
     result: PassResult
-    tolerance: float = EQUIVALENT_FLOAT64
 
     @property
     def state(self) -> StateBasis:
@@ -169,8 +170,8 @@ def _float64_case(case: _Case, repeat: Repeat) -> _Case:
     """The case to judge in float64.
 
     A pass that edits floating weights rounds them to the model's dtype. It is repeated on a
-    float64 twin, where nothing rounds; a model too large for a twin is judged with the rounding
-    allowed for.
+    float64 twin, where nothing rounds. Of the twin only the edits are stored in float64, on disk
+    beyond a limit, so that a model of any size is held to the same number.
     """
     before, after = case.before.weights(), case.after.weights()
     edited = any(
@@ -182,11 +183,7 @@ def _float64_case(case: _Case, repeat: Repeat) -> _Case:
     )
     if not edited:
         return case
-    if case.before.byte_count() > TWIN_BYTES:
-        dtypes = [value.dtype for value in after.values() if value.is_floating_point()]
-        rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
-        return dataclasses.replace(case, tolerance=ROUNDED_WEIGHTS * rounding)
-    twin = promote_program(case.before)
+    twin = promote_program(case.before, EDITS_IN_MEMORY)
     default = torch.get_default_dtype()
     # What a program computes from integers alone has the default dtype; the twin's is float64.
     torch.set_default_dtype(torch.float64)

@@ -131,7 +131,7 @@ class OptimizedModel(nn.Module):
         """Weights and scales by their dotted names; tied names are all listed."""
         del args, kwargs
         weights = self.program.weights()
-        return weights | {
+        return dict(weights) | {
             alias: weights[name] for alias, name in self.program.aliases.items() if name in weights
         }
 

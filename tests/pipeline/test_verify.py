@@ -19,6 +19,7 @@ from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.measure import divergence, max_error, measure, rms_error
 from fxopt.pipeline.verify import Floor, Verifier
 from tests import broken_passes
+from tests.folds import RightFold
 from tests.graphs import Function, capture_module
 from tests.models import canonical_program, zoo_model
 
@@ -85,24 +86,6 @@ def test_verification_can_be_switched_off():
         program, [broken_passes.DroppedBias(broken_layer=2)]
     )
     assert result.history[-1].verification == {"mode": "off"}
-
-
-@dataclasses.dataclass(frozen=True)
-class RightFold(Pass):
-    """A correct version of the fold that `WrongFold` gets wrong."""
-
-    name = "right-fold"
-
-    def run(self, program: Program, context: Context) -> PassResult:
-        sites = []
-        for node in broken_passes.layer_norms(program):
-            scale = torch.linspace(0.5, 2, node.meta["val"].shape[-1])
-            broken_passes.scale_gain(program, node, scale)
-            for linear in broken_passes.readers(node):
-                weight = str(linear.args[1].target)
-                program.set_weight(weight, program.weight(weight) * scale)
-            sites.append(Site(module_path(node), "fold", node.name))
-        return PassResult(tuple(sites))
 
 
 def test_a_correct_fold_passes_although_values_in_between_change():

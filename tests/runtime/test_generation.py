@@ -143,34 +143,39 @@ def test_the_encoder_runs_once_per_text():
 
 def test_two_optimizes_do_not_disturb_each_other():
     torch.manual_seed(0)
-    model = ZOO["llama"]().eval()
+    model, other = ZOO["llama"]().eval(), ZOO["llama"]().eval()
     ids = torch.randint(3, 99, (2, 5))
     first = fxopt.optimize(model, RECIPE, verify="off")
     alone = first(ids).logits
     quantized = {"passes": ["canonicalize", {"quantize": {}}], "lowering": {"speed_gate": False}}
     second = fxopt.optimize(model, quantized, verify="off")
+    rounded = second(ids).logits
+    third = fxopt.optimize(other, quantized, verify="off", inplace=True)
+    assert not torch.equal(third(ids).logits, rounded)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert torch.equal(first(ids).logits, alone)
-    assert float(second(ids).logits.abs().sum()) > 0
+    assert torch.equal(second(ids).logits, rounded)
 
 
-def test_bf16_models_stay_bf16():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models_stay_low_precision(dtype):
     torch.manual_seed(0)
-    model = ZOO["llama"]().to(torch.bfloat16).eval()
+    model = ZOO["llama"]().to(dtype).eval()
     quantized = {
         "passes": ["canonicalize", {"quantize": {"activations": {"granularity": "token"}}}],
         "lowering": {"speed_gate": False},
     }
     optimized = fxopt.optimize(model, quantized)
     ids = torch.randint(3, 99, (2, 5))
-    assert optimized.dtype == torch.bfloat16
+    assert optimized.dtype == dtype
+    floating = {v.dtype for n, v in optimized.state_dict().items() if n.endswith("norm.weight")}
+    assert floating == {dtype}
     result = optimized(ids)
-    assert result.logits.dtype == torch.bfloat16
+    assert result.logits.dtype == dtype
     with torch.no_grad():
-        error = (result.logits - model(ids).logits).float().norm() / model(
-            ids
-        ).logits.float().norm()
+        expected = model(ids).logits
+    error = (result.logits - expected).float().norm() / expected.float().norm()
     assert float(error) < 0.05
     assert optimized.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 8)
 

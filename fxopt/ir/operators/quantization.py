@@ -122,7 +122,11 @@ def _dequantize(
     centred = blocked.to(scale.dtype)
     if zero_point is not None:
         centred = centred - _spread(zero_point, q, block)
-    return (centred * _spread(scale, q, block)).to(dtype).reshape(q.shape)
+    spread = _spread(scale, q, block)
+    # In place where no gradient needs the factors: a weight in floating point is large.
+    own = not (scale.requires_grad or q.is_floating_point())
+    dense = centred.mul_(spread) if own else centred * spread
+    return dense.to(dtype).reshape(q.shape)
 
 
 def _dequantize_fake(

@@ -78,6 +78,9 @@ def epilogue(
     return activation_function(activation)(y).to(dtype)
 
 
+_OUTPUTS_AT_ONCE = 512
+
+
 @register_reference(
     "linear_w8a8(Tensor q, Tensor scale, Tensor? zero_point, Tensor weight, Tensor weight_scale, "
     "Tensor? weight_sum, Tensor? bias, str activation, ScalarType dtype) -> Tensor"
@@ -97,8 +100,11 @@ def linear_w8a8(
     check_linear(q, scale, zero_point, weight, weight_scale, weight_sum, bias, dtype)
     check_scale(q, scale, zero_point)
     rows = q.reshape(q.shape[:-1].numel(), q.size(-1))
-    # Below 2**53 float64 adds integers exactly, and every device has its product.
-    product = rows.to(torch.float64) @ weight.to(torch.float64).T
+    # Below 2**53 float64 adds integers exactly, and every device has its product. A weight is
+    # converted some outputs at a time: in float64 it is eight times as large.
+    rows = rows.to(torch.float64)
+    parts = weight.split(_OUTPUTS_AT_ONCE)
+    product = torch.cat([rows @ part.to(torch.float64).T for part in parts], -1)
     if zero_point is not None and weight_sum is not None:
         product = product - zero_point.reshape(-1, 1) * weight_sum.to(torch.float64)
     y = epilogue(product, scale, weight_scale, bias, activation, dtype)
