@@ -13,6 +13,7 @@ from fxopt.errors import CalibrationError, ExpectationError, FxoptError, PassErr
 from fxopt.ir.legality import check_program
 from fxopt.ir.program import PassRecord, Program, has_effect
 from fxopt.passes.base import Context, Pass, PassResult
+from fxopt.pipeline.beyond_weights import beyond_weights
 from fxopt.pipeline.memory import release_freed_memory
 from fxopt.pipeline.verify import Verifier
 
@@ -99,6 +100,7 @@ class Manager:
             bytes_after=working.byte_count(),
             seconds=time.perf_counter() - started,
             notes=result.notes,
+            beyond_weights="" if a_pass.for_any_weights else beyond_weights(program, working),
         )
         working.history.append(record)
         release_freed_memory()
