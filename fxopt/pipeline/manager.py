@@ -15,6 +15,7 @@ from fxopt.ir.program import PassRecord, Program, has_effect
 from fxopt.passes.base import Context, Pass, PassResult
 from fxopt.pipeline.beyond_weights import beyond_weights
 from fxopt.pipeline.memory import release_freed_memory
+from fxopt.pipeline.state_basis import fitted
 from fxopt.pipeline.verify import Verifier
 
 
@@ -166,7 +167,7 @@ class Manager:
         return collect(
             program,
             a_pass.observed(program),
-            samples,
+            [Sample(fitted(program, sample.inputs), sample.tokens) for sample in samples],
             lambda count: self.progress(a_pass.name, f"calibration batch {count}/{len(samples)}"),
             rows=max(need.rows for need in a_pass.needs()),
         )

@@ -25,9 +25,9 @@ def original_weights(program: Program, model: nn.Module) -> dict[str, Tensor]:
             "model's. Ask before it is quantized: optimize with a recipe of equivalences only."
         )
     held = _under_all_names(program)
-    expected = model.state_dict()
+    expected: dict[str, Tensor] = dict(model.state_dict())
     _check_names(held, expected, model)
-    result = {name: held.get(name, value.detach()) for name, value in expected.items()}
+    result = {name: held[name] if name in held else expected[name].detach() for name in expected}
     for name, value in expected.items():
         _check_entry(name, result[name], value)
     _check_ties(result, model)
