@@ -179,7 +179,8 @@ def reduce(relations: Relations, node: Node) -> Labels:
     """A sum over axes: linear in what stays, and a set for what is summed."""
     axes: Any = node.args[1] if len(node.args) > 1 else None
     keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
-    labels = relations.labels(node.args[0])
+    (source,) = node.args[:1]
+    labels = relations.labels(source)
     axes = list(range(labels.ndim)) if not axes else [axis % labels.ndim for axis in axes]
     moving = moving_axis(relations, labels)
     summed = [axis for axis in axes if labels.shape[axis] > 1]

@@ -91,8 +91,8 @@ def _axis(node: Node, place: int) -> int:
 
 
 def _reduced(node: Node) -> list[int]:
-    axes: Any = node.args[1] if len(node.args) > 1 else None
     rank = len(shape_of(node.args[0]))
+    axes: Any = node.args[1] if len(node.args) > 1 else None
     listed = [axes] if isinstance(axes, int) else axes or range(rank)
     return [axis % rank for axis in listed]
 
