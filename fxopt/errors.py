@@ -69,5 +69,9 @@ class SaveError(FxoptError):
     """An optimized model could not be written."""
 
 
+class StateDictError(SaveError):
+    """A program computes what no weights of the original model can express."""
+
+
 class LoadError(FxoptError):
     """A saved folder is damaged, foreign, newer than this fxopt, or unsafe."""

@@ -130,6 +130,8 @@ class Relations:
         axes = tuple(
             axis for axis, size in enumerate(shape) if size != 1 and (axis == last or not wide)
         )
+        if not axes:  # a single number is no axis, and often no weight but a constant of the model
+            return self.fixed(len(shape))
         held = self.weight_axes(node, axes, offset)
         full = [(size or 1) if axis in axes else 1 for axis, size in enumerate(shape)]
         return held.reshape(full)

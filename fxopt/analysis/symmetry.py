@@ -97,6 +97,9 @@ class Symmetries:
     found: list[Symmetry] = field(default_factory=list[Symmetry])
     refusals: list[Refusal] = field(default_factory=list[Refusal])
     reasons: dict[str, str] = field(default_factory=dict[str, str])  # by weight, where it is fixed
+    # What they were found by; a slice follows its coordinates through every node.
+    relations: Relations | None = field(default=None, repr=False)
+    classes: Classes | None = field(default=None, repr=False)
 
     def __iter__(self) -> Any:
         return iter(self.found)
@@ -134,7 +137,7 @@ def symmetries(
     relations = relate(program, kind, unit, restored)
     classes = solve(relations)
     grouping = _Grouping(relations, classes)
-    result = Symmetries(kind, unit)
+    result = Symmetries(kind, unit, relations=relations, classes=classes)
     result.found = grouping.symmetries()
     result.refusals, result.reasons = grouping.refusals()
     return result

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from fxopt.errors import CaptureError
-from fxopt.ir.program import WeightTree, assign_weight, has_effect
+from fxopt.ir.program import CONSTANTS, WeightTree, assign_weight, has_effect
 from fxopt.ir.signature import Dimension
 
 aten = torch.ops.aten
@@ -232,7 +232,7 @@ def _adopt_weights(traced: GraphModule, module: nn.Module) -> tuple[GraphModule,
         tensor = operator.attrgetter(str(node.target))(traced)
         if not isinstance(tensor, Tensor):
             continue
-        name = first.get(_identity(tensor), str(node.target))
+        name = first.get(_identity(tensor), f"{CONSTANTS}{node.target}")
         if name in nodes:
             node.replace_all_uses_with(nodes[name])
             traced.graph.erase_node(node)

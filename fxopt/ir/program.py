@@ -13,6 +13,9 @@ from torch.fx import Graph, GraphModule, Node
 from fxopt.errors import IllegalGraphError
 from fxopt.ir.signature import Signature
 
+# Under this name lie tensors that the model holds nowhere: literals in its code, folded results.
+CONSTANTS = "constants."
+
 
 class Level(enum.IntEnum):
     """How far a program has come; `fxopt.ir.legality` says what each level allows."""
@@ -50,7 +53,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: kept in `Program.history` and stored with the model."""
+    """What one pass did: kept in `Program.history` and stored with the model.
+
+    `beyond_weights` says what it did that other values of the model's own weights cannot
+    express; it is empty for a pass that only changed such values.
+    """
 
     name: str
     options: dict[str, Any]
@@ -62,6 +69,7 @@ class PassRecord:
     bytes_after: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    beyond_weights: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
@@ -76,12 +84,13 @@ class PassRecord:
             "bytes_after": self.bytes_after,
             "seconds": self.seconds,
             "notes": list(self.notes),
+            "beyond_weights": self.beyond_weights,
         }
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "PassRecord":
         """The inverse of `to_dict`."""
-        plain: dict[str, Any] = dict(data)
+        plain: dict[str, Any] = {"beyond_weights": "it was recorded by an older fxopt", **data}
         plain["sites"] = tuple(Site(**site) for site in data["sites"])
         plain["refusals"] = tuple(Refusal(**refusal) for refusal in data["refusals"])
         plain["notes"] = tuple(data["notes"])

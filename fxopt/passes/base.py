@@ -71,6 +71,8 @@ class Pass:
     after: ClassVar[tuple[str, ...]] = ()  # passes that, if present, must come earlier
     before: ClassVar[tuple[str, ...]] = ()  # passes that, if present, must come later
     may_do_nothing: ClassVar[bool] = False  # True: no warning when there is no site
+    # True: it rewrites the graph whatever the weights are, so the model can still take them.
+    for_any_weights: ClassVar[bool] = False
 
     def needs(self) -> tuple[Calibration, ...]:
         """The calibration statistics that `run` will read from its context."""

@@ -72,6 +72,7 @@ def check_lowered(program: Program, lowered: Lowered, verifier: Verifier) -> dic
     """
     if verifier.mode == "off" or not lowered.sites:
         return {}
+    verifier = verifier.fitted_to(program)
     chosen: Sequence[Any] = verifier.inputs if verifier.mode == "full" else verifier.inputs[:1]
     with torch.no_grad():
         for inputs in chosen[:2]:

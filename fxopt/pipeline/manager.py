@@ -14,6 +14,8 @@ from fxopt.ir.legality import check_program
 from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import PassRecord, Program, has_effect
 from fxopt.passes.base import Context, Pass, PassResult
+from fxopt.pipeline.beyond_weights import beyond_weights
+from fxopt.pipeline.state_basis import fitted
 from fxopt.pipeline.verify import Verifier
 
 
@@ -99,6 +101,7 @@ class Manager:
             bytes_after=working.byte_count(),
             seconds=time.perf_counter() - started,
             notes=result.notes,
+            beyond_weights="" if a_pass.for_any_weights else beyond_weights(program, working),
         )
         working.history.append(record)
         release_freed_memory()
@@ -164,7 +167,7 @@ class Manager:
         return collect(
             program,
             a_pass.observed(program),
-            samples,
+            [Sample(fitted(program, sample.inputs), sample.tokens) for sample in samples],
             lambda count: self.progress(a_pass.name, f"calibration batch {count}/{len(samples)}"),
             rows=max(need.rows for need in a_pass.needs()),
         )

@@ -1,7 +1,7 @@
 """How far two programs are apart: SQNR, relative error and, for logits, KL and agreement."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,10 +86,16 @@ def worst_error(outputs: list[Tensor], reference: list[Tensor]) -> tuple[float, 
     return errors[worst], worst
 
 
-def measure(before: Program, after: Program, inputs: Sequence[Inputs]) -> Measurement:
+def measure(
+    before: Program,
+    after: Program,
+    inputs: Sequence[Inputs],
+    moved: Callable[[Inputs], Inputs] = list,
+) -> Measurement:
     """SQNR, relative error and, for logits, KL and top-1 agreement over all inputs.
 
     SQNR = 10 log10(sum y^2 / sum (y - y')^2), the smallest over the outputs that are not state.
+    `moved` makes the inputs of the program after out of those before: caches may differ.
     """
     specs = before.signature.outputs
     count = len(specs) - (2 * before.signature.cache.layers if before.signature.cache else 0)
@@ -97,7 +103,7 @@ def measure(before: Program, after: Program, inputs: Sequence[Inputs]) -> Measur
     kls: list[Tensor] = []
     agreements: list[Tensor] = []
     for sample in inputs:
-        old, new = run(before, sample), run(after, sample)
+        old, new = run(before, sample), run(after, moved(sample))
         for index in range(count):
             a, b = promote(old[index]), promote(new[index])
             if not a.is_floating_point():
@@ -136,7 +142,7 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 def layer_decibels(
-    before: Program, after: Program, inputs: Inputs, result: PassResult
+    before: Program, after: Program, inputs: tuple[Inputs, Inputs], result: PassResult
 ) -> dict[str, float | None]:
     """SQNR at each site's own output, errors of the sites before it included, by module path."""
     paths = {site.node: site.path or site.node for site in result.sites if site.node}
@@ -155,8 +161,8 @@ def layer_decibels(
         known = 0 < error < math.inf
         decibels[paths[node.name]] = -20 * math.log10(error) if known else None
 
-    run(before, inputs, remember)
-    run(after, inputs, compare)
+    run(before, inputs[0], remember)
+    run(after, inputs[1], compare)
     return decibels
 
 

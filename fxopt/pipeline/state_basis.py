@@ -42,3 +42,14 @@ class StateBasis:
             for name, value in zip(names, values[-count:], strict=True)
         ]
         return [*values[:-count], *carried]
+
+
+def fitted(program: Program, values: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs with caches cut to the sizes that a program takes: any state serves to compare."""
+    cache = program.signature.cache
+    result = list(values)
+    for index in range(len(result) - (2 * cache.layers if cache else 0), len(result)):
+        for axis, size in enumerate(program.signature.inputs[index].shape):
+            if isinstance(size, int) and size < result[index].shape[axis]:
+                result[index] = result[index].narrow(axis, 0, size)
+    return result

@@ -16,7 +16,7 @@ from fxopt.ir.program import Program, Site
 from fxopt.passes.base import Exactness, Pass, PassResult
 from fxopt.pipeline.attribution import first_divergence, guilty_site
 from fxopt.pipeline.measure import Inputs, layer_decibels, measure, rms_error, worst_error
-from fxopt.pipeline.state_basis import StateBasis
+from fxopt.pipeline.state_basis import StateBasis, fitted
 from fxopt.pipeline.tolerances import (
     EDITS_IN_MEMORY,
     EQUIVALENT_FLOAT64,
@@ -73,9 +73,16 @@ class Verifier:
         """
         if self.mode == "off" or unchanged(before, after):
             return {"mode": "off" if self.mode == "off" else "nothing changed"}
+        judge = self.fitted_to(before)
         if a_pass.exactness is Exactness.APPROXIMATE:
-            return self._judge_approximate(a_pass, before, after, result)
-        return self._judge_equivalent(a_pass, before, after, result, repeat)
+            return judge._judge_approximate(a_pass, before, after, result)
+        return judge._judge_equivalent(a_pass, before, after, result, repeat)
+
+    def fitted_to(self, program: Program) -> "Verifier":
+        """The same, with inputs whose caches a program takes: passes may have made them smaller."""
+        inputs = [fitted(program, values) for values in self.inputs]
+        natural = [fitted(program, values) for values in self.natural]
+        return dataclasses.replace(self, inputs=inputs, natural=natural)
 
     # --- equivalent -------------------------------------------------------------------------
 
@@ -129,9 +136,10 @@ class Verifier:
     ) -> dict[str, Any]:
         chosen = self.natural or self.inputs
         chosen = chosen if self.mode == "full" else chosen[:1]
-        measured = measure(before, after, chosen)
+        basis = StateBasis(before, result)
+        measured = measure(before, after, chosen, basis.inputs)
         release_freed_memory()  # every weight was there once in floating point
-        layers = layer_decibels(before, after, chosen[0], result)
+        layers = layer_decibels(before, after, (chosen[0], basis.inputs(chosen[0])), result)
         problems: list[str] = []
         if not measured.sqnr_db > -torch.inf:
             problems.append("NaN or infinite values where there were none")

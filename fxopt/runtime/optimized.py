@@ -15,6 +15,7 @@ from fxopt.ir.structure import unflatten
 from fxopt.ir.text import format_program
 from fxopt.runtime.calling import bind_structured
 from fxopt.runtime.folder import write_folder
+from fxopt.runtime.original_weights import original_weights
 
 
 class OptimizedModel(nn.Module):
@@ -134,6 +135,20 @@ class OptimizedModel(nn.Module):
         return dict(weights) | {
             alias: weights[name] for alias, name in self.program.aliases.items() if name in weights
         }
+
+    def state_dict_for(self, model: nn.Module) -> dict[str, Tensor]:
+        """Weights with which the untouched original computes what this model does.
+
+            fresh = type(model)(model.config)
+            fresh.load_state_dict(optimized.state_dict_for(fresh))
+
+        The entries have the names, shapes and dtypes of `model.state_dict()`. Those that the
+        program does not hold are `model`'s own; the others share memory with this model.
+
+        Raises:
+            StateDictError: a pass did more than change the model's weights, or `model` is another.
+        """
+        return original_weights(self.program, model)
 
     def load_state_dict(  # type: ignore[override]
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -177,9 +177,10 @@ def _hidden(
 @op_rule(aten.sum.dim_IntList, aten.mean.dim)
 def reduce(relations: Relations, node: Node) -> Labels:
     """A sum over axes: linear in what stays, and a set for what is summed."""
-    axes: Any = node.args[1] if len(node.args) > 1 else None
-    keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
-    labels = relations.labels(node.args[0])
+    arguments: Any = node.args
+    axes = arguments[1] if len(arguments) > 1 else None
+    keep = bool(arguments[2] if len(arguments) > 2 else node.kwargs.get("keepdim", False))
+    labels = relations.labels(arguments[0])
     axes = list(range(labels.ndim)) if not axes else [axis % labels.ndim for axis in axes]
     moving = moving_axis(relations, labels)
     summed = [axis for axis in axes if labels.shape[axis] > 1]

@@ -140,8 +140,8 @@ def softmax(relations: Relations, node: Node) -> Labels:
 def extreme(relations: Relations, node: Node) -> Labels:
     """Max over axes: a positive factor passes where the axis has one; places as in a sum."""
     axes: Any = node.args[1]
-    keep = bool(node.args[2]) if len(node.args) > 2 else False
     labels = relations.labels(node.args[0])
+    keep = bool(node.args[2]) if len(node.args) > 2 else False
     axes = [axis % labels.ndim for axis in axes]
     moving = moving_axis(relations, labels)
     if relations.kind in (Kind.SIGN, Kind.ROTATE, Kind.CENTRE):

@@ -149,8 +149,8 @@ def cut(relations: Relations, node: Node) -> Labels:
 @op_rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 def split(relations: Relations, node: Node) -> list[Labels]:
     """Consecutive ranges of an axis."""
-    axis: Any = node.args[2] if len(node.args) > 2 else 0
     labels, parts = relations.labels(node.args[0]), node.meta["val"]
+    axis: Any = node.args[2] if len(node.args) > 2 else 0
     if labels.shape[axis] == 1:
         return [labels for _ in parts]
     lengths = [int(part.shape[axis]) for part in parts]

@@ -80,6 +80,7 @@ class Canonicalize(Pass):
     input_level = Level.CAPTURED
     output_level = Level.CANONICAL
     may_do_nothing = True
+    for_any_weights = True
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Rewrite until nothing changes."""

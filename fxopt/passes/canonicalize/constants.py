@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from fxopt.ir.program import Program, dtype_of, shape_of
+from fxopt.ir.program import CONSTANTS, Program, dtype_of, shape_of
 from fxopt.passes.canonicalize.functional import is_mutable
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.driver import erase_dead
@@ -32,7 +32,6 @@ from fxopt.rewrite.rule import Rule
 from fxopt.rewrite.sizes import fixed
 
 aten = torch.ops.aten
-PREFIX = "constants."
 LARGEST = 2**20  # bytes of a folded result
 GROWTH = 4  # how many times its inputs a folded result may be large, once it is past a page
 PAGE = 4096
@@ -61,7 +60,7 @@ def is_constant(value: Any) -> bool:
         return not value.all_input_nodes and _is_repeatable(value) and _bytes(value) is not None
     dtype = dtype_of(value)
     model_float = dtype is not None and (dtype.is_floating_point or dtype.is_complex)
-    return str(value.target).startswith(PREFIX) or not model_float
+    return str(value.target).startswith(CONSTANTS) or not model_float
 
 
 def _fold(program: Program, node: Node) -> Tensor | None:
@@ -128,7 +127,7 @@ def _double(program: Program, argument: Any) -> Any:
 
 
 def _free_name(program: Program, node: Node) -> str:
-    taken, stem = program.weights(), f"{PREFIX}folded_{node.name}"
+    taken, stem = program.weights(), f"{CONSTANTS}folded_{node.name}"
     names = itertools.chain([stem], (f"{stem}_{count}" for count in itertools.count(1)))
     return next(name for name in names if name not in taken)
 

@@ -53,7 +53,12 @@ def _reads_as_weight(user: Node, node: Node) -> bool:
 
 def _own_name(program: Program, tied: str, linear: Node) -> str:
     """The name that the model itself has for the tied weight, where it has one."""
-    own = [alias for alias, name in program.aliases.items() if name == tied]
-    name = own[0] if own else f"{module_path(linear)}.untied_weight".lstrip(".")
+    path = module_path(linear)
+    own = [
+        alias
+        for alias, name in program.aliases.items()
+        if name == tied and alias.rpartition(".")[0] == path
+    ]
+    name = own[0] if own else f"{path}.untied_weight".lstrip(".")
     program.aliases.pop(name, None)
     return name
