@@ -153,7 +153,7 @@ def test_complex_values_are_compared_by_both_parts():
     after = before.clone()
     [polar] = after.nodes(aten.polar.default)
     polar.args = (polar.args[0], polar.args[0])
-    found = first_divergence(before, after, [x], 0)
+    found = first_divergence(before, after, [x], [x], 0)
     assert found.node == polar.name
     angle, turned = x[0, 1], x[0, 1].exp()
     assert found.before == pytest.approx(float(turned * angle.cos()))
