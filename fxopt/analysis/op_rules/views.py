@@ -229,6 +229,9 @@ def index(relations: Relations, node: Node) -> Labels:
     indices: Any = node.args[1]
     labels = relations.labels(node.args[0])
     picked = len(indices)
+    for given in indices:
+        if given is not None:
+            relations.fix(relations.labels(given), "elements are found by it")
     if any(entry is None for entry in indices) or any(n > 1 for n in labels.shape[:picked]):
         return block(relations, node, "its elements are picked by an index")
     rest = labels.shape[picked:]

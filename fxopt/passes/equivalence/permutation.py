@@ -104,7 +104,12 @@ def reorder_graph(program: Program, edits: Iterable[Edit], order: Tensor, made_b
 
 
 def _reordered_table(build: Builder, table: Node, edit: Edit, order: Tensor) -> Node:
-    """cos or sin [B, 1 or H, S, R], its last axis in another order, perhaps in each head."""
+    """cos or sin [B, 1 or H, S, R], its last axis in another order, perhaps in each head.
+
+    Leading axes of length one may be missing.
+    """
+    while len(table.meta["val"].shape) < 4:
+        table = build.call(aten.unsqueeze.default, table, 0)
     width = table.meta["val"].shape[3]
     positions = torch.from_numpy(edit.positions)
     moved = positions.gather(1, order[:, :, None].expand(positions.shape))
