@@ -184,7 +184,8 @@ def cat(relations: Relations, node: Node) -> Labels:
     axis %= rank
     labels = [relations.labels(operand) for operand in operands]
     lengths = [sizes(operand)[axis] for operand in operands]
-    along = any(own.shape[axis] > 1 for own in labels) and None not in lengths
+    single = all(length == 1 for length in lengths)
+    along = (single or any(own.shape[axis] > 1 for own in labels)) and None not in lengths
     if not along:
         labels = [relations.collapse(own, axis) for own in labels]
         return _alike(relations, labels)
