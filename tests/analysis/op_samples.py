@@ -361,6 +361,18 @@ sample(aten.embedding.default, "tied", _tied, CHANNELS, ends=_ends)
 sample(aten.embedding.default, "tied-stream", _tied_stream, "sign permute rotate", ends=_ends)
 
 
+def _tied_norm(g: Bench) -> Sequence[Node]:
+    """The table is read as a head too, to which its mean matters."""
+    ids = torch.randint(0, 7, (g.sizes.batch, g.sizes.length), generator=g.random)
+    table = g.weight("before_after.weight", 7, g.sizes.width)
+    x = g.call(aten.embedding.default, table, g.given(ids))
+    normed = g.call(aten.layer_norm.default, x, [g.sizes.width])
+    return [g.call(aten.linear.default, g.linear("between", normed), table)]
+
+
+sample(aten.embedding.default, "tied-norm", _tied_norm, "", "centre")
+
+
 def convolution(target: Any, groups: int, norm: bool = False) -> Callable[[Bench], Sequence[Node]]:
     def build(g: Bench) -> Sequence[Node]:
         two_axes = target is aten.conv2d.default
@@ -557,7 +569,20 @@ def attention(ends: str, mask: bool = False) -> Callable[[Bench], Sequence[Node]
 _attention = fxopt.attention.default
 sample(_attention, "value", attention("v"), f"{CHANNELS} heads", f"{CHANNELS} heads")
 sample(_attention, "query-key", attention("q"), CHANNELS, ends=("query", "key"))
-sample(_attention, "mask", attention("v", True), "heads", "heads", ends=("before", "mask"))
+sample(_attention, "mask", attention("v", True), "heads", "heads centre", ends=("before", "mask"))
+
+
+def _relative(g: Bench) -> Sequence[Node]:
+    """A bias of each head that a table gives for each pair of positions."""
+    s, x = g.sizes, g.x()
+    q, k, v = (g.projected(role, x) for role in ("query", "key", "before"))
+    ids = torch.randint(0, 7, (s.length, s.length), generator=g.random)
+    table = g.weight("bias.weight", 7, s.heads * s.group)
+    bias = g.call(aten.permute.default, g.call(aten.embedding.default, table, g.given(ids)), [2, 0, 1])
+    return [g.attended(q, k, v, g.call(aten.unsqueeze.default, bias, 0))]
+
+
+sample(_attention, "relative", _relative, "heads", "heads centre", ends=("before", "bias"))
 
 
 def rotary(interleaved: bool, partial: bool = False, rank: int = 4, per_head: bool = False) -> Any:

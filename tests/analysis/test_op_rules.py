@@ -65,7 +65,9 @@ def changed(program: Program, symmetry: Symmetry, seed: int) -> Program:
     """A copy in which one hidden axis has another basis."""
     twin = program.clone()
     if symmetry.kind is Kind.CENTRE:
-        centre(twin, Changes(twin), "test")  # norms become rms norms, which would show a mean
+        apply(twin, symmetry)
+        if any(edit.role == "operand" for edit in symmetry.edits):
+            centre(twin, Changes(twin), "test")  # rms norms would show a mean
     else:
         transform = random_transform(symmetry, seed)
         apply(twin, symmetry, transform)

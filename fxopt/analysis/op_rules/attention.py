@@ -24,6 +24,9 @@ def attention(relations: Relations, node: Node) -> Labels:
     if relations.kind is Kind.CENTRE:
         for grid in grids:
             relations.fix(grid, "attention reads its mean")
+        for extra in (padding, mask, sinks):
+            if extra is not None:
+                relations.fix(relations.labels(extra), "attention reads its mean")
         return relations.fixed(4)
     for word, grid in zip(("query_key", "query_key", "value"), grids, strict=True):
         relations.tag(grid, word)

@@ -30,6 +30,8 @@ def _read(relations: Relations, x: Labels, weight: Any, axis: int, column: int) 
     """`weight` takes up along its axis `column` what changes along `axis` of x, inversely."""
     if relations.kind is Kind.CENTRE:
         relations.fix(x, "its mean is read")
+        read = relations.weight_axes(weight, (column,))
+        relations.fix(read, "its columns are multiplied by what it reads")
         return True
     given = shared(relations, x, axis)
     if given is None:
