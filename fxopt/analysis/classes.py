@@ -2,7 +2,8 @@
 
 For factors every label exists twice, as itself and as its inverse; a coupling joins the two pairs.
 A label that ends up with its own inverse has the factor one. Products are resolved where one of
-the three factors is known to be one; what is left is a choice, and the first factor gives way.
+the three factors is known to be one; what is left is a choice: the factor with fewer coordinates
+gives way, or the first.
 """
 
 from dataclasses import dataclass
@@ -48,8 +49,14 @@ def solve(relations: Relations) -> Classes:
             return classes
         pending, progress = _resolve(relations, classes, pending)
         if not progress:
-            for _, a, _ in pending:
-                relations.fixes.append((np.unique(a), _CHOICE))
+            for _, a, b in pending:
+                relations.fixes.append((_that_gives_way(classes, a, b), _CHOICE))
+
+
+def _that_gives_way(classes: Classes, a: Labels, b: Labels) -> Labels:
+    """Of two factors the one with fewer coordinates keeps the factor one, else the first."""
+    a, b = np.unique(a), np.unique(b)
+    return b if np.unique(classes.of[b]).size < np.unique(classes.of[a]).size else a
 
 
 def _components(relations: Relations) -> Classes:

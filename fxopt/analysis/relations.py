@@ -140,16 +140,19 @@ class Relations:
         """The labels [sizes of the axes] along axes of a weight, shared by all its readers."""
         name = str(node.target)
         value = self.program.weight(name)
-        if not value.is_floating_point():
-            return np.full([value.shape[axis] for axis in axes], FIXED, dtype=np.int64)
-        for entry in self.entries:
-            if entry.role == "weight" and entry.name == name:
-                if entry.axes == axes and entry.offset == offset:
-                    return entry.labels.reshape([value.shape[axis] for axis in axes])
-                if set(entry.axes) & set(axes):
-                    self.fix(entry.labels, f"{name} is read in two ways that do not agree")
-                    return np.full([value.shape[axis] for axis in axes], FIXED, dtype=np.int64)
         shape = [value.shape[axis] for axis in axes]
+        if not value.is_floating_point():
+            return np.full(shape, FIXED, dtype=np.int64)
+        known = [entry for entry in self.entries if (entry.role, entry.name) == ("weight", name)]
+        for entry in known:
+            if entry.axes == axes and entry.offset == offset:
+                return entry.labels.reshape(shape)
+        # A weight of one number has no axis, and every reader means the same number.
+        clashes = [e for e in known if not (axes and e.axes) or set(e.axes) & set(axes)]
+        for entry in clashes:
+            self.fix(entry.labels, f"{name} is read in two ways that do not agree")
+        if clashes:
+            return np.full(shape, FIXED, dtype=np.int64)
         labels = self.fresh(shape)
         self.entries.append(Entry("weight", name, axes, labels.reshape(-1), offset))
         if axes:

@@ -247,19 +247,44 @@ class _Grouping:
         # Two independent 64-bit sums over the rows that a class stands in tell classes apart.
         self.rows = np.zeros((size, 2), dtype=np.uint64)
         self.tensors = np.zeros((size, 2), dtype=np.uint64)
+        self.sides = self._sides(random)
         if not self.factors:
             for rows in relations.rows:
                 for row in rows:
                     self._mark(self.rows, row, random)
         for entry in relations.entries:
-            self._mark(self.tensors, entry.labels, random, directed=self.factors)
+            self._mark(self.tensors, entry.labels, random, tensor=True)
 
-    def _mark(self, table: Signatures, labels: Labels, random: Any, directed: bool = False) -> None:
+    def _sides(self, random: Any) -> Signatures:
+        """Per label, which part it plays in what joins it to others.
+
+        A coordinate that stands several times in one tensor, as a gate and as what it multiplies,
+        is found there by these parts and not by the order in which it stands there. A label's part
+        depends on those of the labels it is joined to, so parts are told apart in rounds.
+        """
+        parts = np.ones(self.relations.count, dtype=np.uint64)
+        if self.factors:
+            return parts
+        couplings = [(a, b) for a, b, _ in self.relations.couplings]
+        keys = random.integers(1, 2**63, size=(len(couplings), 2), dtype=np.uint64)
+        known, found = 0, 1
+        while found > known:
+            told = parts.copy()
+            for (a, b), (first, second) in zip(couplings, keys, strict=True):
+                np.add.at(told, a, _scrambled(parts[b] + first))
+                np.add.at(told, b, _scrambled(parts[a] + second))
+            parts = _scrambled(told)
+            known, found = found, np.unique(parts).size
+        return parts
+
+    def _mark(self, table: Signatures, labels: Labels, random: Any, tensor: bool = False) -> None:
         keys = random.integers(1, 2**63, size=(2, 2), dtype=np.uint64)
         of = self.classes.of[labels]
+        directed = self.factors and tensor
         side = self.classes.inverse[labels].astype(np.int64) if directed else np.zeros_like(of)
         with np.errstate(over="ignore"):
-            np.add.at(table, of, keys[side])
+            marks = keys[side] * self.sides[labels][:, None] if tensor else keys[side]
+            np.add.at(table, of, marks)
 
     def symmetries(self) -> list[Symmetry]:
         """Blocks of interchangeable classes, joined where they stand in the same tensors."""
@@ -311,7 +336,7 @@ class _Grouping:
         inside = np.nonzero((index >= 0) & (entry.labels != FIXED))[0]
         if not inside.size:
             return None
-        order = inside[np.argsort(index[inside], kind="stable")]
+        order = inside[np.lexsort((self.sides[entry.labels[inside]], index[inside]))]
         size = (index.max() + 1) // blocks if index.size else 0
         positions = order.reshape(blocks, int(size), -1)
         side = bool(self.classes.inverse[entry.labels[order[0]]])
@@ -354,6 +379,15 @@ class _Grouping:
             for entry in self.relations.entries
             if entry.role == "weight" and chosen[self.classes.of[entry.labels]].any()
         ]
+
+
+def _scrambled(values: Signatures) -> Signatures:
+    """Odd 64-bit numbers that tell values apart also after they are summed (splitmix64)."""
+    with np.errstate(over="ignore"):
+        mixed = values + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (mixed ^ (mixed >> np.uint64(31))) | np.uint64(1)
 
 
 def _oriented(edit: Edit, turned: bool) -> Edit:

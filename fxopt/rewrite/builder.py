@@ -1,5 +1,6 @@
 """Build nodes that carry their shape, dtype and provenance from the moment they exist."""
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ class Builder:
         """Store a tensor under `name` and insert the node that reads it."""
         self.program.set_weight(name, value)
         return self.read(name, path)
+
+    def new_weight(self, name: str, value: torch.Tensor) -> Node:
+        """Store a tensor under a name that nothing has yet, made from `name`."""
+        known = self.program.weights()
+        names = (name if number == 1 else f"{name}_{number}" for number in count(1))
+        return self.weight(next(free for free in names if free not in known), value)
 
     def read(self, name: str, path: str | None = None) -> Node:
         """The node that reads a stored tensor; an existing one is used again if it can be."""

@@ -24,6 +24,9 @@ def attention(relations: Relations, node: Node) -> Labels:
     if relations.kind is Kind.CENTRE:
         for grid in grids:
             relations.fix(grid, "attention reads its mean")
+        for extra in (padding, mask, sinks):
+            if extra is not None:
+                relations.fix(relations.labels(extra), "attention reads its mean")
         return relations.fixed(4)
     for word, grid in zip(("query_key", "query_key", "value"), grids, strict=True):
         relations.tag(grid, word)
@@ -99,7 +102,9 @@ def rope(relations: Relations, node: Node) -> Labels:
         relations.fix(relations.labels(table), "angles belong to positions")
     rotary = int(cos.meta["val"].shape[-1])  # type: ignore[union-attr]
     if labels.shape[-1] == 1 and relations.unit is not Unit.CHANNEL:
-        return labels  # all heads turn by the same angles
+        if any(_heads_of(table) != 1 for table in (cos, sin)):
+            relations.fix(labels, "its heads turn by angles of their own")
+        return labels
     wide = np.broadcast_to(labels, [*labels.shape[:-1], sizes(x)[-1]])  # type: ignore[list-item]
     turned = wide[..., :rotary]
     if relations.kind in (Kind.ROTATE, Kind.CENTRE):
@@ -119,16 +124,18 @@ def rope(relations: Relations, node: Node) -> Labels:
     return wide
 
 
+def _heads_of(table: Any) -> int | None:
+    """How many heads a table [..., H, S, R] of angles tells apart."""
+    shape = sizes(table)
+    return shape[-3] if len(shape) > 2 else 1
+
+
 def _move_angles(relations: Relations, node: Node, turned: Labels) -> None:
     """Cos and sin [B, 1, S, R] follow the pairs, by an index in front of this operator."""
     tables: Any = node.args[1:3]
     per_head = turned.shape[1] > 1 if turned.ndim == 4 else False
     for operand, table in enumerate(tables, 1):
-        if (
-            turned.ndim != 4
-            or len(sizes(table)) != 4
-            or sizes(table)[1] not in (1, turned.shape[1])
-        ):
+        if turned.ndim != 4 or _heads_of(table) not in (1, turned.shape[1]):
             relations.fix(turned, "its angles cannot be put in another order")
             return
         axes = (1, 3) if per_head else (3,)

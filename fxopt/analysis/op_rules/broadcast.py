@@ -91,7 +91,7 @@ def _meet(
     if axis is not None and shape[axis] == 1:  # repeated along the axis that moves
         relations.row(rows_along(base, axis))
         relations.fix(other, "it is the same for everything that would change places")
-        if relations.kind is Kind.ROTATE and not multiply:
+        if linear and not multiply:
             relations.fix(base, "the same number is added to every channel")
     elif linear and multiply:
         for labels in (base, other):

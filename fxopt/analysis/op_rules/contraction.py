@@ -26,12 +26,14 @@ def _along(labels: Labels, rank: int, axis: int) -> Labels:
     return labels.reshape(shape)
 
 
-def _read(relations: Relations, x: Any, weight: Any, axis: int, column: int) -> bool:
+def _read(relations: Relations, x: Labels, weight: Any, axis: int, column: int) -> bool:
     """`weight` takes up along its axis `column` what changes along `axis` of x, inversely."""
     if relations.kind is Kind.CENTRE:
-        relations.fix(relations.labels(x), "its mean is read")
+        relations.fix(x, "its mean is read")
+        read = relations.weight_axes(weight, (column,))
+        relations.fix(read, "its columns are multiplied by what it reads")
         return True
-    given = shared(relations, relations.labels(x), axis)
+    given = shared(relations, x, axis)
     if given is None:
         return False
     taken = relations.weight_axes(weight, (column,))
@@ -47,7 +49,7 @@ def linear(relations: Relations, node: Node) -> Labels:
     if not _stored(weight) or (bias is not None and not _stored(bias)):
         return block(relations, node, "its weight is computed in the graph")
     labels = relations.labels(x)
-    if not _read(relations, x, weight, labels.ndim - 1, 1):
+    if not _read(relations, labels, weight, labels.ndim - 1, 1):
         # Whole heads pass through a linear that is the same for each of them.
         for held in (0, 1):
             relations.fix(
@@ -66,6 +68,7 @@ def embedding(relations: Relations, node: Node) -> Labels:
     weight, rank = node.args[0], len(sizes(node))
     if not _stored(weight):
         return block(relations, node, "its table is computed in the graph")
+    relations.fix(relations.labels(node.args[1]), "rows are found by it")
     relations.fix(relations.weight_axes(weight, (0,)), "its rows are found by number")
     return _along(relations.weight_axes(weight, (1,)), rank, rank - 1)
 
@@ -80,11 +83,8 @@ def convolution(relations: Relations, node: Node) -> Labels:
     labels = relations.labels(x)
     for axis in range(2, labels.ndim):
         labels = relations.collapse(labels, axis)
-    given = shared(relations, labels, 1)
-    if given is None or relations.kind is Kind.CENTRE:
+    if not _read(relations, labels, weight, 1, 1):
         return block(relations, node, "a convolution mixes all of it")
-    taken = relations.weight_axes(weight, (1,))
-    relations.couple(given, taken, inverse=relations.kind is Kind.SCALE)
     out = relations.weight_axes(weight, (0,))
     if bias is not None:
         relations.couple(out, relations.weight_axes(bias, (0,)))
@@ -115,6 +115,7 @@ def matmul(relations: Relations, node: Node) -> Labels:
     if relations.unit is not Unit.CHANNEL and relations.kind not in FACTORS:
         left, right = (relations.collapse(x, rank - 1) for x in (left, right))
         relations.couple(left, right)
+        relations.tag(left, "heads")
         return left
     relations.couple(left, right, inverse=relations.kind is Kind.SCALE)
     for side in (left, right):
@@ -131,11 +132,12 @@ def _sums(a: Labels, b: Labels) -> bool:
 @op_rule(fxopt.moe.default)
 def experts(relations: Relations, node: Node) -> Labels:
     """Each expert's hidden axis changes by itself; all read and write one stream."""
-    x, _, mixing, up, down, up_bias, down_bias, activation, gated = node.args
-    if not all(_stored(w) for w in (up, down)) or relations.kind is Kind.CENTRE:
+    x, chosen, mixing, up, down, up_bias, down_bias, activation, gated = node.args
+    if not all(_stored(w) for w in (up, down)):
         return block(relations, node, "its weights are computed in the graph")
-    relations.fix(relations.labels(mixing), "it weighs the experts")
-    if not _read(relations, x, up, 1, 2):
+    for routing in (chosen, mixing):
+        relations.fix(relations.labels(routing), "it chooses and weighs the experts")
+    if not _read(relations, relations.labels(x), up, 1, 2):
         return block(relations, node, "every head reads the same experts")
     out = relations.weight_axes(down, (1,))
     if down_bias is not None:
@@ -166,7 +168,7 @@ def _hidden(
         if not linear_in_value:
             relations.fix(value, "a nonlinear function reads it")
         relations.couple(value, columns, inverse=factor)
-    elif relations.kind is Kind.ROTATE:
+    elif relations.kind in (Kind.ROTATE, Kind.CENTRE):
         relations.fix(rows, "a nonlinear function reads it")
         relations.fix(columns, "a nonlinear function reads it")
     else:

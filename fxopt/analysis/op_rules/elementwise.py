@@ -1,5 +1,6 @@
 """Sums, products and functions of single elements."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ def add_number(relations: Relations, node: Node) -> Labels:
     if relations.kind in FACTORS and source is not None and plain:
         return relations.elementwise_weight(source, float(number))
     labels = relations.labels(x)
-    if relations.kind in (*FACTORS, Kind.ROTATE):
+    if relations.kind in (*FACTORS, Kind.ROTATE, Kind.CENTRE):
         relations.fix(labels, "a number is added to it")
         return relations.fixed(len(sizes(node)))
     return labels
@@ -108,16 +109,20 @@ def where(relations: Relations, node: Node) -> Labels:
 
 @op_rule(aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar)
 def fill(relations: Relations, node: Node) -> Labels:
-    """C ? x : number: a factor passes where the number is zero or infinite."""
+    """C ? x : number: a factor passes where the number is zero, or infinite and it is positive."""
     tensors = [argument for argument in node.args if is_tensor(argument)]
-    numbers = [argument for argument in node.args if isinstance(argument, int | float)]
+    numbers: Any = [argument for argument in node.args if isinstance(argument, int | float)]
     if relations.kind in (Kind.ROTATE, Kind.CENTRE):
         return block(relations, node, "channels are overwritten one by one")
-    if relations.kind in FACTORS and any(
-        n not in (0, float("inf"), -float("inf")) for n in numbers
-    ):
+    if relations.kind not in FACTORS:
+        return join(relations, tensors, len(sizes(node)), multiply=False)
+    infinite = relations.kind is Kind.SCALE and all(math.isinf(n) for n in numbers)
+    if not infinite and any(n != 0 for n in numbers):
         return block(relations, node, "some of its elements are overwritten by a number")
-    return join(relations, tensors, len(sizes(node)), multiply=False)
+    is_fill = node.target is aten.masked_fill.Scalar
+    x, condition = tensors if is_fill else reversed(tensors)
+    relations.fix(relations.labels(condition), "it decides which of two values is taken")
+    return join(relations, [x], len(sizes(node)), multiply=False)
 
 
 # --- functions of one element -------------------------------------------------------------------

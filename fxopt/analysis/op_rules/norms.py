@@ -90,12 +90,15 @@ def _after(relations: Relations, node: Node, core: Labels, gain: Any, bias: Any)
 def _centre(
     relations: Relations, node: Node, labels: Labels, gain: Any, bias: Any, centred: bool
 ) -> Labels:
-    if centred and not tracked(labels)[:-1]:
+    if centred:
+        last = labels.ndim - 1
+        for axis in tracked(labels):
+            labels = labels if axis == last else relations.collapse(labels, axis)
         relations.row(labels.reshape(1, -1))
         flat = np.broadcast_to(labels.reshape(-1), (sizes(node)[-1] or 1,))
-        relations.entries.append(Entry("operand", node.name, (labels.ndim - 1,), flat, operand=0))
+        relations.entries.append(Entry("operand", node.name, (last,), flat, operand=0))
     else:
-        relations.fix(labels, "rms_norm reads the mean" if not centred else "it is split in heads")
+        relations.fix(labels, "rms_norm reads the mean")
     for vector in (gain, bias):
         if vector is not None:
             relations.fix(relations.labels(vector), "it follows the norm")

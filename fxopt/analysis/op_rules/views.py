@@ -184,7 +184,8 @@ def cat(relations: Relations, node: Node) -> Labels:
     axis %= rank
     labels = [relations.labels(operand) for operand in operands]
     lengths = [sizes(operand)[axis] for operand in operands]
-    along = any(own.shape[axis] > 1 for own in labels) and None not in lengths
+    single = all(length == 1 for length in lengths)
+    along = (single or any(own.shape[axis] > 1 for own in labels)) and None not in lengths
     if not along:
         labels = [relations.collapse(own, axis) for own in labels]
         return _alike(relations, labels)
@@ -229,6 +230,9 @@ def index(relations: Relations, node: Node) -> Labels:
     indices: Any = node.args[1]
     labels = relations.labels(node.args[0])
     picked = len(indices)
+    for given in indices:
+        if given is not None:
+            relations.fix(relations.labels(given), "elements are found by it")
     if any(entry is None for entry in indices) or any(n > 1 for n in labels.shape[:picked]):
         return block(relations, node, "its elements are picked by an index")
     rest = labels.shape[picked:]

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from fxopt.analysis.relations import Kind
 from fxopt.analysis.symmetry import Symmetry, symmetries
-from fxopt.ir.program import Program
+from fxopt.ir.program import Program, shape_of
 from fxopt.passes.equivalence.changes import Changes
 from fxopt.rewrite.builder import Builder
 
@@ -33,9 +33,13 @@ def centre(program: Program, changes: Changes, made_by: str) -> None:
 
 
 def _norms(program: Program, symmetry: Symmetry) -> list[Node]:
-    names = {edit.name for edit in symmetry.edits if edit.role == "operand"}
-    whole = all(edit.positions.size == symmetry.size for edit in symmetry.edits)
-    return [node for node in program.nodes() if node.name in names] if whole else []
+    """The layer norms that read the stream and nothing else; none if one reads only a part."""
+    read = [edit for edit in symmetry.edits if edit.role == "operand"]
+    nodes = [node for node in program.nodes() if node.name in {edit.name for edit in read}]
+    whole = all(edit.positions.size == symmetry.size for edit in read) and all(
+        shape_of(node)[-1] == symmetry.size for node in nodes
+    )
+    return nodes if whole else []
 
 
 def _replace(program: Program, node: Node, made_by: str) -> None:

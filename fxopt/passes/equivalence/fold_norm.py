@@ -66,7 +66,7 @@ def _unfoldable(norm: Norm, symmetry: Symmetry | None) -> str | None:
     gains = [edit for edit in symmetry.weights if edit.name == norm.gain]
     others = [e for e in symmetry.weights if not e.inverse and e.name not in (norm.gain, norm.shift)]
     readers = [edit for edit in symmetry.weights if edit.inverse]
-    if any(edit.axes[-1] == 0 for edit in readers):
+    if any(edit.axes[-1:] in ((), (0,)) for edit in readers):
         return f"no linear reads it: {', '.join(edit.name for edit in readers)} would take it up"
     if others or len(gains) != 1 or gains[0].positions.size != norm.value.numel():
         return f"its gain is tied to {', '.join(e.name for e in others) or 'other gains'}"

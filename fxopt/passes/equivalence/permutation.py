@@ -60,9 +60,13 @@ class Permutation(Pass):
         changes = Changes(program)
         refusals: dict[tuple[str, str], Any] = {}
         known: set[str] = set()
+        seen: set[str] = set()  # with one query head per kv head, a head is its own group
         for unit in self.units:
             found = symmetries(program, Kind.PERMUTE, unit, self.restored(program))
             for symmetry in found.of_role(self.role):
+                if str(symmetry) in seen:
+                    continue
+                seen.add(str(symmetry))
                 known.add(symmetry.path)
                 context.progress(symmetry.path)
                 self._permute(program, changes, symmetry)
@@ -104,7 +108,12 @@ def reorder_graph(program: Program, edits: Iterable[Edit], order: Tensor, made_b
 
 
 def _reordered_table(build: Builder, table: Node, edit: Edit, order: Tensor) -> Node:
-    """cos or sin [B, 1 or H, S, R], its last axis in another order, perhaps in each head."""
+    """cos or sin [B, 1 or H, S, R], its last axis in another order, perhaps in each head.
+
+    Leading axes of length one may be missing.
+    """
+    while len(table.meta["val"].shape) < 4:
+        table = build.call(aten.unsqueeze.default, table, 0)
     width = table.meta["val"].shape[3]
     positions = torch.from_numpy(edit.positions)
     moved = positions.gather(1, order[:, :, None].expand(positions.shape))
@@ -128,7 +137,7 @@ def _reordered_table(build: Builder, table: Node, edit: Edit, order: Tensor) -> 
 
 def _stored(build: Builder, edit: Edit, index: Tensor, what: str = "order") -> Node:
     path = build.before.meta.get("module_path", "")
-    return build.weight(f"{path}.{edit.name}_{edit.operand}_{what}".lstrip("."), index)
+    return build.new_weight(f"{path}.{edit.name}_{edit.operand}_{what}".lstrip("."), index)
 
 
 def _restore(program: Program, edit: Edit, order: Tensor, made_by: str) -> None:
@@ -141,6 +150,6 @@ def _restore(program: Program, edit: Edit, order: Tensor, made_by: str) -> None:
     back = torch.arange(int(positions.max()) + 1)
     back[moved.flatten()] = positions.flatten()
     build = Builder(program, output, made_by)
-    held = build.weight(f"{edit.name}_order", back)
+    held = build.new_weight(f"{edit.name}_order", back)
     results[index] = build.call(aten.index_select.default, results[index], edit.axes[0], held)
     output.args = (tuple(results),)

@@ -93,7 +93,7 @@ def _ride(program: Program, changes: Changes, site: SmoothingSite, scale: Tensor
     build = Builder(program, linears[0], "smoothing")
     value = (1 / scale).to(program.weight(site.reader.weights[0]).dtype)
     name = f"{module_path(linears[0])}.inverse_smoothing_scale".lstrip(".")
-    smoothed = build.call(aten.mul.Tensor, source, build.weight(name, value))
+    smoothed = build.call(aten.mul.Tensor, source, build.new_weight(name, value))
     for linear in linears:
         linear.update_arg(0, smoothed)
     detail = f"scale rides in front of {site.reader.path}: {site.reason}"
