@@ -134,7 +134,9 @@ def measure(name: str, only: str | None, console: Console) -> dict[str, Any]:
         started = time.perf_counter()
         figure = subject.judge(rewritten(subject.program, passes, subject.samples))
         figures[title] = {"figure": figure, "text": subject.describe(figure)}
-        console.print(f"  {title}: {subject.describe(figure)}  [{time.perf_counter() - started:.0f} s]")
+        console.print(
+            f"  {title}: {subject.describe(figure)}  [{time.perf_counter() - started:.0f} s]"
+        )
     return figures
 
 

@@ -90,6 +90,7 @@ class Relations:
     unit: Unit = Unit.CHANNEL
     count: int = 1  # label 0 is FIXED
     entries: list[Entry] = field(default_factory=list[Entry])
+    weights: dict[str, list[Entry]] = field(default_factory=dict[str, list[Entry]])
     couplings: list[tuple[Labels, Labels, bool]] = field(
         default_factory=list[tuple[Labels, Labels, bool]]
     )
@@ -139,11 +140,11 @@ class Relations:
     def weight_axes(self, node: Any, axes: tuple[int, ...], offset: float = 0.0) -> Labels:
         """The labels [sizes of the axes] along axes of a weight, shared by all its readers."""
         name = str(node.target)
-        value = self.program.weight(name)
-        shape = [value.shape[axis] for axis in axes]
+        value = node.meta["val"]
+        shape = [int(value.shape[axis]) for axis in axes]
         if not value.is_floating_point():
             return np.full(shape, FIXED, dtype=np.int64)
-        known = [entry for entry in self.entries if (entry.role, entry.name) == ("weight", name)]
+        known = self.weights.setdefault(name, [])
         for entry in known:
             if entry.axes == axes and entry.offset == offset:
                 return entry.labels.reshape(shape)
@@ -154,7 +155,8 @@ class Relations:
         if clashes:
             return np.full(shape, FIXED, dtype=np.int64)
         labels = self.fresh(shape)
-        self.entries.append(Entry("weight", name, axes, labels.reshape(-1), offset))
+        known.append(Entry("weight", name, axes, labels.reshape(-1), offset))
+        self.entries.append(known[-1])
         if axes:
             self.row(labels.reshape(1, -1))
         return labels

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fxopt.analysis.relations import Kind
-from fxopt.analysis.symmetry import Edit, Symmetry, symmetries
+from fxopt.analysis.symmetry import Symmetry, symmetries
 from fxopt.analysis.transform import changed
 from fxopt.ir.program import Level, Program, Site
 from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
@@ -86,15 +86,8 @@ def _fold(program: Program, norm: Norm, symmetry: Symmetry) -> None:
         if edit is gain:
             new = torch.full_like(value, 1.0 - edit.offset)
         else:
-            new = changed(value, _turned(edit), Kind.SCALE, factor)
+            new = changed(value, edit.turned(), Kind.SCALE, factor)
         program.set_weight(edit.name, new)
-
-
-def _turned(edit: Edit) -> Edit:
-    """The same edit, counted from the readers: they are multiplied by the gain."""
-    return Edit(
-        edit.role, edit.name, edit.axes, edit.positions, not edit.inverse, edit.offset, edit.operand
-    )
 
 
 def _readers(symmetry: Symmetry) -> str:
