@@ -102,9 +102,7 @@ class Bench:
     def attended(self, q: Node, k: Node, v: Node, mask: Node | None = None) -> Node:
         """Attention and the projection behind it, called "after"."""
         s = self.sizes
-        out = self.call(
-            fxopt.attention.default, q, k, v, None, mask, None, 0.5, False, None, None
-        )
+        out = self.call(fxopt.attention.default, q, k, v, None, mask, None, 0.5, False, None, None)
         rows = self.call(aten.transpose.int, out, 1, 2)
         merged = self.call(
             aten.reshape.default, rows, [s.batch, s.length, s.heads * s.group * s.dim]

@@ -161,9 +161,7 @@ def two_conditions(target: Any) -> Callable[[Bench], Sequence[Node]]:
 
     def build(g: Bench) -> Sequence[Node]:
         x = g.x()
-        a, b = (
-            g.call(aten.gt.Scalar, g.linear(f"before.{name}", x), 0.0) for name in ("a", "b")
-        )
+        a, b = (g.call(aten.gt.Scalar, g.linear(f"before.{name}", x), 0.0) for name in ("a", "b"))
         met = g.call(aten.to.dtype, g.call(target, a, b), torch.float64)
         return [g.linear("after", met)]
 
@@ -511,7 +509,9 @@ def norm(target: Any, gain: bool, bias: bool = False) -> Operator:
 def gain_to_linear(target: Any) -> Callable[[Bench], Sequence[Node]]:
     def build(g: Bench) -> Sequence[Node]:
         gain = g.weight("before.gain", 5)
-        vectors = [gain, g.weight("before.bias", 5)] if target is aten.layer_norm.default else [gain]
+        vectors = (
+            [gain, g.weight("before.bias", 5)] if target is aten.layer_norm.default else [gain]
+        )
         return [g.linear("after", g.call(target, g.x(), [5], *vectors, 1e-5))]
 
     return build
@@ -578,7 +578,9 @@ def _relative(g: Bench) -> Sequence[Node]:
     q, k, v = (g.projected(role, x) for role in ("query", "key", "before"))
     ids = torch.randint(0, 7, (s.length, s.length), generator=g.random)
     table = g.weight("bias.weight", 7, s.heads * s.group)
-    bias = g.call(aten.permute.default, g.call(aten.embedding.default, table, g.given(ids)), [2, 0, 1])
+    bias = g.call(
+        aten.permute.default, g.call(aten.embedding.default, table, g.given(ids)), [2, 0, 1]
+    )
     return [g.attended(q, k, v, g.call(aten.unsqueeze.default, bias, 0))]
 
 
@@ -613,7 +615,9 @@ def rotary(interleaved: bool, partial: bool = False, rank: int = 4, per_head: bo
 _rope = fxopt.rope.default
 for _interleaved in (False, True):
     _name = "interleaved" if _interleaved else "halves"
-    sample(_rope, _name, rotary(_interleaved), "scale permute", "scale permute", ends=("query", "key"))
+    sample(
+        _rope, _name, rotary(_interleaved), "scale permute", "scale permute", ends=("query", "key")
+    )
     sample(_rope, f"{_name}-heads", rotary(_interleaved), "heads", "heads")
     sample(_rope, f"{_name}-rotate", rotary(_interleaved), "", "rotate", ends=("query", "key"))
     sample(
@@ -669,7 +673,10 @@ for _target, _op in (
     (aten.unsqueeze.default, chain((aten.unsqueeze.default, 2))),
     (aten.unsqueeze.default, chain((aten.unsqueeze.default, -2))),
     (aten.squeeze.dim, chain((aten.unsqueeze.default, 1), (aten.squeeze.dim, 1))),
-    (aten.expand.default, chain((aten.unsqueeze.default, 0), (aten.expand.default, [3, -1, -1, -1]))),
+    (
+        aten.expand.default,
+        chain((aten.unsqueeze.default, 0), (aten.expand.default, [3, -1, -1, -1])),
+    ),
     (aten.flatten.using_ints, chain((aten.flatten.using_ints, 0, 1))),
     (aten.repeat.default, chain((aten.repeat.default, [2, 3, 1]))),
     (aten.repeat_interleave.self_int, chain((aten.repeat_interleave.self_int, 3, 1))),
@@ -854,6 +861,20 @@ def _picked_channels(g: Bench) -> Sequence[Node]:
 
 sample(aten.index.Tensor, "batch", _picked, CHANNELS)
 sample(aten.index.Tensor, "channels", _picked_channels, "")
+
+
+def reordered(axis: int) -> Operator:
+    """An axis in another order, which is stored."""
+
+    def op(g: Bench, x: Node) -> Node:
+        order = torch.randperm(int(x.meta["val"].shape[axis]), generator=g.random)
+        return g.call(aten.index_select.default, x, axis, g.build.weight("order", order))
+
+    return op
+
+
+for _axis in (1, -1):
+    sample(aten.index_select.default, f"axis {_axis}", sandwich(reordered(_axis)), CHANNELS)
 
 
 def _matrix(g: Bench) -> Sequence[Node]:
