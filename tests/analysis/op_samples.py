@@ -863,6 +863,20 @@ sample(aten.index.Tensor, "batch", _picked, CHANNELS)
 sample(aten.index.Tensor, "channels", _picked_channels, "")
 
 
+def reordered(axis: int) -> Operator:
+    """An axis in another order, which is stored."""
+
+    def op(g: Bench, x: Node) -> Node:
+        order = torch.randperm(int(x.meta["val"].shape[axis]), generator=g.random)
+        return g.call(aten.index_select.default, x, axis, g.build.weight("order", order))
+
+    return op
+
+
+for _axis in (1, -1):
+    sample(aten.index_select.default, f"axis {_axis}", sandwich(reordered(_axis)), CHANNELS)
+
+
 def _matrix(g: Bench) -> Sequence[Node]:
     h = g.linear("before", g.x(g.sizes.length + 1, 5))
     turned = g.call(aten.t.default, g.call(aten.relu.default, g.call(aten.t.default, h)))

@@ -239,5 +239,19 @@ def index(relations: Relations, node: Node) -> Labels:
     return labels.reshape((1,) * (len(sizes(node)) - len(rest)) + rest)
 
 
+@op_rule(aten.index_select.default)
+def index_select(relations: Relations, node: Node) -> Labels:
+    """Positions picked along one axis by a stored index: their labels."""
+    arguments: Any = node.args
+    labels, axis = relations.labels(arguments[0]), arguments[1]
+    index = relations.program.constant(arguments[2])
+    if labels.shape[axis] == 1:
+        relations.fix(relations.labels(arguments[2]), "elements are found by it")
+        return labels
+    if index is None:
+        return block(relations, node, "its elements are picked by an index")
+    return np.take(labels, index.numpy(), axis)
+
+
 def _ints(values: Any) -> list[int]:
     return [int(value) for value in values]

@@ -1,0 +1,47 @@
+"""Channels of queries and keys in another order: freely, or in pairs with their angles."""
+
+import pytest
+
+from fxopt.passes.equivalence.permute_heads import PermuteHeads
+from fxopt.passes.equivalence.permute_qk import PermuteQk
+from tests.passes.equivalence.harness import canonical, changed, refusals, run, sites
+
+
+@pytest.mark.parametrize(("model", "count"), [("bert", 2), ("gpt2", 2), ("t5", 6)])
+def test_without_rope_channels_move_freely(model, count):
+    before = canonical(model)
+    after = run(before, PermuteQk(by="random"))
+    assert len(sites(after)) == count
+    assert len(after.nodes()) == len(before.nodes())
+    detail = after.history[-1].sites[0].detail
+    assert detail.startswith("4 blocks of 8 query_key coordinates reordered")
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3", "gemma3", "phi3"])
+def test_with_rope_whole_pairs_move_and_their_angles_with_them(model):
+    before = canonical(model)
+    after = run(before, PermuteQk(by="random"))
+    detail = after.history[-1].sites[0].detail
+    # A norm of all heads alike ties them: then one order for all.
+    expected = "4 query_key" if model in ("qwen3", "gemma3") else "2 blocks of 4 query_key"
+    assert detail.startswith(expected)
+    orders = [name for name in changed(before, after) if name not in before.weights()]
+    assert orders
+    assert not any(after.weight(name).is_floating_point() for name in orders)
+
+
+def test_a_partial_rope_leaves_its_channels_among_themselves():
+    after = run(canonical("gptneox"), PermuteQk(by="random"))
+    assert len(sites(after)) == 4  # per layer: pairs that turn, and channels that do not
+
+
+def test_a_second_reordering_composes_with_the_first():
+    before = canonical("llama")
+    after = run(before, PermuteQk(by="random"), PermuteQk(by="random", seed=1))
+    assert len(sites(after)) == 2
+
+
+def test_heads_with_angles_of_their_own_stay():
+    after = run(canonical("llama"), PermuteQk(by="random"), PermuteHeads(by="random"))
+    assert sites(after) == []
+    assert "its heads turn by angles of their own" in refusals(after)
