@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.fx import Node
 
-import fxopt.ir.operators  # noqa: F401 - the rules name the operators that it defines
+import fxopt.ir.operators  # noqa: F401 # pyright: ignore[reportUnusedImport] - rules name them
 from fxopt.analysis.relations import Labels, Relations
 from fxopt.errors import AnalysisError
 
