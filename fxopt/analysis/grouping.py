@@ -11,6 +11,8 @@ from fxopt.analysis.relations import FIXED, Entry, Kind, Labels, Reason, Relatio
 from fxopt.ir.program import Refusal
 
 Signatures = npt.NDArray[np.uint64]
+Axis = tuple[str, tuple[int, ...]]  # a weight and its axes
+Reasons = dict[Axis, str]
 
 
 class Grouping:
@@ -139,18 +141,19 @@ class Grouping:
             tags[self.classes.of[labels]] |= bits[word]
         return tags
 
-    def refusals(self) -> tuple[list[Refusal], dict[str, str]]:
-        """One refusal per group of fixed classes that several weights share; reasons by weight."""
+    def refusals(self) -> tuple[list[Refusal], Reasons]:
+        """One refusal per group of fixed classes that several weights share; reasons by axis."""
         used = self._used()
         stuck = used[self.classes.reason[used] >= 0]
         groups = _groups(self.tensors[stuck])
         members = [stuck[group] for group in groups]
         refusals: dict[tuple[str, str], Refusal] = {}
-        reasons: dict[str, str] = {}
-        for classes, names in zip(members, self._names(members), strict=True):
+        reasons: Reasons = {}
+        for classes, held in zip(members, self._axes(members), strict=True):
             reason: Reason = self.classes.reasons[int(self.classes.reason[classes[0]])]
-            for name in names:
-                reasons.setdefault(name, str(reason))
+            for axis in held:
+                reasons.setdefault(axis, str(reason))
+            names = [name for name, _ in held]
             if len(names) < 2:
                 continue
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -158,18 +161,18 @@ class Grouping:
             refusals[site, reason.text] = Refusal(site, str(reason))
         return list(refusals.values()), reasons
 
-    def _names(self, groups: list[Labels]) -> list[list[str]]:
-        """The weights in which each group of classes stands."""
+    def _axes(self, groups: list[Labels]) -> list[list[Axis]]:
+        """The axes of weights along which each group of classes stands."""
         group_of = np.full(self.classes.reason.size, -1, dtype=np.int64)
         for number, members in enumerate(groups):
             group_of[members] = number
-        names: list[list[str]] = [[] for _ in groups]
+        axes: list[list[Axis]] = [[] for _ in groups]
         for entry in self.relations.entries:
             if entry.role == "weight":
                 held = group_of[self.classes.of[entry.labels]]
                 for number in np.unique(held[held >= 0]).tolist():
-                    names[number].append(entry.name)
-        return names
+                    axes[number].append((entry.name, entry.axes))
+        return axes
 
 
 def _scrambled(values: Signatures) -> Signatures:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxopt.analysis.axis import Edit, Symmetry
 from fxopt.analysis.classes import Classes, solve
-from fxopt.analysis.grouping import Grouping
+from fxopt.analysis.grouping import Axis, Grouping, Reasons
 from fxopt.analysis.relations import Kind, Relations, Unit
 from fxopt.analysis.walk import relate
 from fxopt.ir.program import Program, Refusal
@@ -25,7 +25,7 @@ class Symmetries:
     unit: Unit
     found: list[Symmetry] = field(default_factory=list[Symmetry])
     refusals: list[Refusal] = field(default_factory=list[Refusal])
-    reasons: dict[str, str] = field(default_factory=dict[str, str])  # by weight, where it is fixed
+    reasons: Reasons = field(default_factory=dict[Axis, str])  # of axes that are fixed
     # What they were found by; a slice follows its coordinates through every node.
     relations: Relations | None = field(default=None, repr=False)
     classes: Classes | None = field(default=None, repr=False)
@@ -39,6 +39,13 @@ class Symmetries:
     def of_role(self, *roles: str) -> list[Symmetry]:
         """Those of some roles."""
         return [symmetry for symmetry in self.found if symmetry.role in roles]
+
+    def reason(self, weight: str, axis: int | None = None) -> str | None:
+        """Why a weight, or one axis of it, may not change; None where nothing stands in the way."""
+        for (name, axes), reason in self.reasons.items():
+            if name == weight and (axis is None or axis in axes):
+                return reason
+        return None
 
     def __str__(self) -> str:
         head = f"{self.kind.value} by {self.unit.value}: {len(self.found)} symmetries"

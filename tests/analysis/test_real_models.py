@@ -42,7 +42,7 @@ def test_scales_of_smollm2(smollm2):
         ("hidden", 1, 1536): 30,  # up -> down
         ("query_key", 1, 96): 30,  # one factor per rotation pair and kv head
     }
-    tied = found.reasons["model.norm.weight"]
+    tied = found.reason("model.norm.weight")
     assert "a norm measures all of it together" in tied  # the head is the embedding
 
 
@@ -64,7 +64,7 @@ def test_scales_of_minilm(minilm):
     found = symmetries(minilm, Kind.SCALE)
     assert roles(found) == {("value", 1, 384): 6, ("query_key", 1, 384): 6}
     norm = "encoder.layer.0.attention.output.LayerNorm.weight"
-    assert found.reasons[norm].startswith("a norm measures all of it together")
+    assert found.reason(norm).startswith("a norm measures all of it together")
 
 
 def test_permutations_of_minilm(minilm):
@@ -74,7 +74,7 @@ def test_permutations_of_minilm(minilm):
         ("value", 12, 32): 6,
         ("query_key", 12, 32): 6,
     }
-    assert "last_hidden_state" in found.reasons["embeddings.word_embeddings.weight"]
+    assert "last_hidden_state" in found.reason("embeddings.word_embeddings.weight", 1)
     heads = symmetries(minilm, Kind.PERMUTE, Unit.HEAD).of_role("heads")
     assert [(s.blocks, s.size) for s in heads] == [(1, 12)] * 6
 

@@ -37,7 +37,8 @@ def _read(relations: Relations, x: Labels, weight: Any, axis: int, column: int) 
     if given is None:
         return False
     taken = relations.weight_axes(weight, (column,))
-    relations.couple(given, taken, inverse=relations.kind is Kind.SCALE)
+    why = "what it reads comes through a nonlinear function, or from outside, and cannot change"
+    relations.couple(given, taken, inverse=relations.kind is Kind.SCALE, why=why)
     return True
 
 

@@ -50,7 +50,7 @@ class FoldNorm(Pass):
                 _fold(program, norm, symmetry)
                 changes.sites.append(Site(norm.path, f"gain folded into {_readers(symmetry)}"))
             else:
-                changes.refuse(norm.path, found.reasons.get(norm.gain) or str(reason))
+                changes.refuse(norm.path, found.reason(norm.gain) or str(reason))
         if self.bias:
             for norm in norms(program):
                 if fold_bias(program, norm):

@@ -63,7 +63,7 @@ def _site(program: Program, reader: Reader, found: Symmetries, fold: bool) -> Sm
         if {edit.name for edit in edits} == names and whole:
             return SmoothingSite(reader, symmetry, edits)
     if fold:
-        known = [found.reasons[name] for name in reader.weights if name in found.reasons]
+        known = [why for name in reader.weights if (why := found.reason(name, 1)) is not None]
         reason = known[0] if known else "only a part of its channels can change"
     return SmoothingSite(reader, None, (), reason)
 

@@ -107,11 +107,12 @@ def test_a_computed_gain_is_folded_but_not_stored():
 
 
 def test_aten_widens_half_precision_inside():
-    # The rule that drops the casts rests on this.
+    # The rule that drops the casts rests on this: half a unit in the last place, and no more.
+    torch.manual_seed(0)
     x, w = torch.randn(64, 256).bfloat16() * 30, torch.randn(256).bfloat16()
     exact = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + EPS)
     ours = torch.rms_norm(x, [256], None, EPS)
-    assert torch.equal(ours, exact.float().bfloat16())
+    assert ((ours.double() - exact).abs() / exact.abs()).max() <= 2**-8
     error = (torch.rms_norm(x, [256], w, EPS).double() - exact * w).abs() / (exact * w).abs()
     assert error.nan_to_num().max() <= 2**-8
 

@@ -67,6 +67,11 @@ def sites(program: Program) -> list[str]:
     return [site.path for site in program.history[-1].sites]
 
 
+def details(program: Program) -> list[str]:
+    """What was done at each site."""
+    return [site.detail for site in program.history[-1].sites]
+
+
 def refusals(program: Program) -> str:
     """All reasons as one text."""
     return "\n".join(f"{r.site}: {r.reason}" for r in program.history[-1].refusals)
@@ -87,6 +92,7 @@ def idempotent(after: Program, a_pass: Any) -> None:
 __all__ = [
     "canonical",
     "changed",
+    "details",
     "ends",
     "idempotent",
     "plain",

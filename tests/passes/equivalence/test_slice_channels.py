@@ -185,7 +185,7 @@ def assert_zeros_are_cut_exactly(program: Program, axis, name) -> bool:
     ids=["hidden", "heads", "groups"],
 )
 def test_zero_channels_are_removed_exactly(name, axis, option):
-    program = promote_program(canonical_program(name))
+    program = promote_program(canonical_program(name), 1 << 30)
     assert assert_zeros_are_cut_exactly(program, axis, option) or name == "falcon"
 
 
