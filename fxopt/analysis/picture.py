@@ -4,15 +4,16 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
+import torch
 from torch.fx import Node
 
+from fxopt.analysis import op_rules
 from fxopt.analysis.classes import solve
 from fxopt.analysis.symmetry import Symmetry, relate
 from fxopt.ir.program import Program
 from fxopt.ir.text import operator_name
 
-# Operators that only move an axis about are left out of a picture.
-_VIEWS = ("reshape", "transpose", "unsqueeze", "slice", "expand", "permute", "view", "to.dtype")
+_JOINS = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
 
 
 def coupling_graph(program: Program, symmetry: Symmetry) -> Any:
@@ -39,7 +40,7 @@ def coupling_graph(program: Program, symmetry: Symmetry) -> Any:
         if node.op in ("call_function", "placeholder") and follows(node):
             kind = "state" if node.op == "placeholder" else "operator"
             label = node.name if kind == "state" else operator_name(node.target)
-            graph.add_node(node.name, kind=kind, label=label)
+            graph.add_node(node.name, kind=kind, label=label, view=_is_view(node))
     edits = {edit.name: edit for edit in symmetry.weights}
     for node in program.graph.nodes:
         _connect(graph, node, edits)
@@ -63,10 +64,19 @@ def _connect(graph: Any, node: Node, edits: dict[str, Any]) -> None:
             graph.add_edge(source.name, node.name)
 
 
+def _is_view(node: Node) -> bool:
+    """Whether an operator only moves an axis about; such are left out of a picture."""
+    rule = op_rules.rule_of(node.target)
+    return (
+        rule is not None
+        and rule.__module__ == op_rules.views.__name__
+        and node.target not in _JOINS
+    )
+
+
 def _drop_views(graph: Any) -> None:
     for name in list(graph.nodes):
-        label = graph.nodes[name]["label"]
-        if graph.nodes[name]["kind"] == "operator" and any(view in label for view in _VIEWS):
+        if graph.nodes[name].get("view", False):
             near = list(graph.neighbors(name))
             graph.remove_node(name)
             graph.add_edges_from((a, b) for a in near for b in near if a < b)

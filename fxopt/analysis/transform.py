@@ -114,11 +114,6 @@ def _check_order(symmetry: Symmetry, order: Tensor) -> None:
         )
 
 
-def inverse_order(order: Tensor) -> Tensor:
-    """The permutation that undoes one, per block."""
-    return order.argsort(1)
-
-
 def random_orders(symmetry: Symmetry, seed: int) -> Tensor:
     """A permutation per block, different from the identity where there is one."""
     generator = torch.Generator().manual_seed(seed)

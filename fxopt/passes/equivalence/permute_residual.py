@@ -4,8 +4,8 @@
 
 Shapes: pi of d, one for each stream (an encoder-decoder has two).
 Exactness: equal over the reals; every number keeps its value.
-Source: Ji et al., Permute Quantize and Finetune: Efficient Compression of Neural Networks, CVPR
-    2021, arXiv:2010.15703 (permutations shared by all that reads and writes one stream).
+Source: Martinez et al., Permute, Quantize, and Fine-tune: Efficient Compression of Neural
+    Networks, CVPR 2021, arXiv:2010.15703 (permutations shared by all that meets one stream).
 """
 
 from dataclasses import dataclass
