@@ -101,6 +101,7 @@ class Relations:
     rows: list[Labels] = field(default_factory=list[Labels])
     tags: list[tuple[Labels, str]] = field(default_factory=list[tuple[Labels, str]])
     values: dict[Node, Any] = field(default_factory=dict[Node, Any])
+    from_weights: set[Node] = field(default_factory=set[Node])  # computed from weights alone
     node: Node | None = None  # the one whose rule is running
 
     # --- labels -----------------------------------------------------------------------------

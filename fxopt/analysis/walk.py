@@ -17,6 +17,9 @@ def relate(
     states = _states(program)
     for node in program.graph.nodes:
         relations.node = node
+        operands = node.all_input_nodes
+        if node.op == "get_attr" or (operands and relations.from_weights.issuperset(operands)):
+            relations.from_weights.add(node)
         if node.op == "placeholder":
             relations.values[node] = _input(relations, node, node.name in states)
         elif node.op == "call_function":

@@ -38,7 +38,7 @@ def add(relations: Relations, node: Node) -> Labels:
     a, b = node.args[0], node.args[1]
     if is_tensor(a) and is_tensor(b):
         labels = join(relations, [a, b], len(sizes(node)), multiply=False)
-        if not any(_is_weight(operand) for operand in (a, b)):
+        if not any(operand in relations.from_weights for operand in (a, b)):
             relations.tag(labels, "residual")
         return labels
     return add_number(relations, node)
@@ -63,16 +63,6 @@ def _weight_behind(node: Node) -> Node | None:
     while node.op == "call_function" and node.target is aten.to.dtype:
         node = node.args[0]  # type: ignore[assignment]
     return node if node.op == "get_attr" else None
-
-
-def _is_weight(node: Any) -> bool:
-    return all(source.op == "get_attr" for source in _sources(node))
-
-
-def _sources(node: Node) -> list[Node]:
-    if node.op == "call_function" and node.all_input_nodes:
-        return [source for argument in node.all_input_nodes for source in _sources(argument)][:2]
-    return [node]
 
 
 @op_rule(aten.mul.Tensor)
