@@ -91,10 +91,10 @@ def optimize(
             _part_from(model, program)
         bytes_before = captured.byte_count()
         del captured
-        release_freed_memory()
+        release_freed_memory(bytes_before)
         tell("lower")
         lowered = lower(program, options)
-        release_freed_memory()
+        release_freed_memory(bytes_before)
         check_lowered(program, lowered, manager.verifier)
         report = build_report(
             model, resolved, program, lowered, bytes_before, time.perf_counter() - started
@@ -238,9 +238,11 @@ def _part_from(model: nn.Module, program: Program) -> None:
 
 def _consume(model: nn.Module) -> None:
     """Free the model's weights; those that the program still reads live on in it."""
-    for tensor in [*model.parameters(), *model.buffers()]:
+    tensors = [*model.parameters(), *model.buffers()]
+    held = sum(tensor.nbytes for tensor in tensors)
+    for tensor in tensors:
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    release_freed_memory()
+    release_freed_memory(held)
 
 
 def _lowering_options(recipe: Recipe, target: str) -> LoweringOptions:

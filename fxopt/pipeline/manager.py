@@ -88,7 +88,7 @@ class Manager:
             self._finish(a_pass, twin)
             return twin, outcome
 
-        release_freed_memory()
+        release_freed_memory(program.byte_count())
         verification = self.verifier.judge(a_pass, program, working, result, repeat)
         record = PassRecord(
             name=a_pass.name,
@@ -104,7 +104,7 @@ class Manager:
             beyond_weights="" if a_pass.for_any_weights else beyond_weights(program, working),
         )
         working.history.append(record)
-        release_freed_memory()
+        release_freed_memory(program.byte_count())
         return working
 
     def _run_guarded(self, a_pass: Pass, working: Program, context: Context) -> PassResult:

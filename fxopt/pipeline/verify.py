@@ -138,7 +138,7 @@ class Verifier:
         chosen = chosen if self.mode == "full" else chosen[:1]
         basis = StateBasis(before, result)
         measured = measure(before, after, chosen, basis.inputs)
-        release_freed_memory()  # every weight was there once in floating point
+        release_freed_memory(before.byte_count())  # every weight was there once in floating point
         layers = layer_decibels(before, after, (chosen[0], basis.inputs(chosen[0])), result)
         problems: list[str] = []
         if not measured.sqnr_db > -torch.inf:

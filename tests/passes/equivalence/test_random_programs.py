@@ -8,7 +8,6 @@ pass a few milliseconds: weights are data, and the symmetries of a structure do 
 import os
 import warnings
 
-import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -30,7 +29,6 @@ from fxopt.passes.equivalence.permute_vo import PermuteVo
 from fxopt.passes.equivalence.rotate import Rotate
 from fxopt.passes.equivalence.smoothquant import SmoothQuant
 from fxopt.passes.equivalence.untie import Untie
-from fxopt.pipeline import manager
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.tolerances import EQUIVALENT_FLOAT64
 from fxopt.pipeline.verify import Verifier
@@ -112,14 +110,6 @@ def judge(program: Program, chain: list[Pass], examples: list[list[Tensor]]) -> 
                 assert float(error) <= EQUIVALENT_FLOAT64, f"{a_pass.name}: {record.sites}"
         program = after
     return program.history[-len(chain) :]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_collections():
-    """The manager collects garbage after each pass, which takes longer than these passes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manager, "release_freed_memory", lambda: None)
-        yield
 
 
 @settings(JUDGE)
