@@ -96,7 +96,7 @@ class SpeedGate:
         faster = self._faster(program, leaves, before, kernel, key)
         for part in (plain, after):
             part.release()
-        release_freed_memory()  # the next site may be another weight's
+        release_freed_memory(mini.byte_count())  # the next site may be another weight's
         return faster
 
     def _faster(
