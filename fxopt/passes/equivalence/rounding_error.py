@@ -1,10 +1,15 @@
 """How much linears err when a scale is applied to their input and both are rounded.
 
-    error(s) = sum over linears of || Q(x / s) Q(W diag(s))^T - x W^T ||^2
+    error(s) = sum over linears and tokens of weight_t || Q(x_t / s) Q(W diag(s))^T - x_t W^T ||^2
+    weight_t = 1 / (||y_t||^2 + mean ||y||^2)
+
+A linear's output is measured by the norm or softmax that reads it, so a token counts by its
+relative error; tokens far below the mean, whose residual is the larger part, count less.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,19 +29,61 @@ class Rounding:
     granularity: str  # "token" or "tensor"
     symmetric: bool
 
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """What the linears give without rounding, [n, out] each."""
+        return [self.rows @ weight.T for weight in self.weights]
+
+    @cached_property
+    def token_weights(self) -> list[Tensor]:
+        """How much the error of a token counts, [n] for each linear."""
+        energies = [output.square().sum(1) for output in self.outputs]
+        return [1 / (e + e.mean()).clamp(torch.finfo(e.dtype).tiny) for e in energies]
+
+    @property
+    def steps(self) -> int:
+        """Steps between the two ends of a rounded range."""
+        return _HIGH - _LOW[self.symmetric]
+
 
 def rounding_error(rounding: Rounding, scale: Tensor | None) -> float:
-    """The squared error for one scale [d]; None stands for no scale."""
+    """The error for one scale [d], by rounding; None stands for no scale."""
     rows = rounding.rows
     factor = torch.ones_like(rounding.low) if scale is None else scale
-    smooth = rows / factor.to(rows.dtype)
-    rounded = _round_activation(smooth, rounding, factor)
+    rounded = _round_activation(rows / factor.to(rows.dtype), rounding, factor)
     total = 0.0
-    for weight in rounding.weights:
-        wide = weight.to(rows.dtype)
-        scaled = _round(wide * factor.to(rows.dtype), wide * factor.to(rows.dtype), [1, -1], True)
-        total += float((rounded @ scaled.T - rows @ wide.T).double().square().sum())
+    for weight, exact, counts in zip(
+        rounding.weights, rounding.outputs, rounding.token_weights, strict=True
+    ):
+        wide = weight * factor.to(rows.dtype)
+        output = rounded @ _round(wide, wide, [1, -1], True).T
+        total += float((output - exact).square().sum(1).double() @ counts.double())
     return total
+
+
+def expected_error(rounding: Rounding, scale: Tensor) -> Tensor:
+    """The error for one scale [d] if roundings were independent and uniform; differentiable."""
+    total = torch.zeros((), dtype=scale.dtype)
+    activation_step = _activation_step(rounding, scale)
+    for weight, counts in zip(rounding.weights, rounding.token_weights, strict=True):
+        energy = counts @ rounding.rows.square() @ scale.pow(-2)
+        weight_step = (weight * scale).abs().amax(1) / _HIGH
+        columns = weight.square().sum(0) @ scale.square()
+        total = total + (counts * activation_step.square()).sum() * columns
+        total = total + energy * weight_step.square().sum()
+    return total / 12
+
+
+def _activation_step(rounding: Rounding, scale: Tensor) -> Tensor:
+    """The distance of two rounded values, for each token or (of size one) for all of them."""
+    if rounding.granularity == "token":
+        smooth = rounding.rows / scale
+        low, high = smooth.amin(1), smooth.amax(1)
+    else:
+        low, high = (rounding.low / scale).amin()[None], (rounding.high / scale).amax()[None]
+    if rounding.symmetric:
+        return torch.maximum(-low, high) * 2 / rounding.steps
+    return (high.clamp_min(0) - low.clamp_max(0)) / rounding.steps
 
 
 def _round_activation(rows: Tensor, rounding: Rounding, factor: Tensor) -> Tensor:

@@ -35,9 +35,8 @@ class SmoothingSite:
     def spread(self, factors: Tensor) -> Tensor:
         """Factors [size] of the symmetry's coordinates as scales per input channel [in]."""
         positions = torch.from_numpy(self.edits[0].positions)[0]
-        result = torch.ones(positions.numel(), dtype=torch.float64)
-        result[positions.flatten()] = factors[:, None].expand(positions.shape).flatten()
-        return result
+        order = positions.flatten().argsort()
+        return factors.repeat_interleave(positions.shape[1])[order]
 
     def gather(self, channels: Tensor) -> Tensor:
         """The largest of a statistic [in] over the channels that share a coordinate [size]."""

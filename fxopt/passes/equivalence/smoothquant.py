@@ -5,7 +5,8 @@
 Shapes: x [..., d], over all calibration tokens; W [n, d], over all linears that read x; s [d].
     Channels that share a coordinate (a kv head's channel over its query heads) share s.
 Exactness: equal over the reals. Deviations: the inputs of o and down projections are smoothed
-    too; with alpha "auto" each site takes the alpha at which its rounded linears err least.
+    too; with alpha "auto" each site goes on from its best alpha to the scales at which its rounded
+    linears err least (see scale_search).
 Source: Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for Large
     Language Models, ICML 2023, arXiv:2211.10438.
 """
@@ -22,11 +23,12 @@ from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
 from fxopt.passes.equivalence.changes import Changes
-from fxopt.passes.equivalence.rounding_error import Rounding, rounding_error
+from fxopt.passes.equivalence.rounding_error import Rounding
+from fxopt.passes.equivalence.scale_search import best_scale
 from fxopt.passes.equivalence.smoothing import SmoothingSite, scale_site, smoothing_sites
 
-ALPHAS = (0.0, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-ROWS = 256
+ALPHAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+ROWS = 1024
 SMALLEST = 1e-5
 
 
@@ -85,14 +87,13 @@ class SmoothQuant(Pass):
             return _smooth(site, reach, columns, self.alpha)
         rounding = Rounding(
             rows=context.statistics["rows"][site.reader.source.name],
-            weights=[program.weight(name) for name in site.reader.weights],
-            low=low,
-            high=high,
+            weights=[program.weight(name).float() for name in site.reader.weights],
+            low=low.float(),
+            high=high.float(),
             granularity=self.granularity,
             symmetric=self.symmetric,
         )
-        scales = [None, *(_smooth(site, reach, columns, alpha) for alpha in ALPHAS)]
-        return min(scales, key=lambda scale: rounding_error(rounding, scale))
+        return best_scale(rounding, site, [_smooth(site, reach, columns, a) for a in ALPHAS])
 
 
 def _ranges(site: SmoothingSite, context: Context) -> tuple[Tensor, Tensor]:
