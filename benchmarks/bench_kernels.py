@@ -76,6 +76,7 @@ def linear_candidates(m: int, k: int, n: int, activation: str) -> Candidates:
     short, short_dense, short_bias = x.bfloat16(), dense.bfloat16(), bias.bfloat16()
     q, token_scale = ops.quantize_per_token(x)
     static = token_scale.mean().reshape(1)
+    factors = torch.rand(k) + 0.5
     return {
         "fp32 linear": lambda: function(functional.linear(x, dense, bias)),
         "bf16 linear": lambda: function(functional.linear(short, short_dense, short_bias)),
@@ -84,6 +85,12 @@ def linear_candidates(m: int, k: int, n: int, activation: str) -> Candidates:
             x, weight, scale, None, bias, activation
         ),
         "asymmetric": lambda: ops.dynamic_linear_w8a8(x, weight, scale, total, bias, activation),
+        "multiplied first": lambda: ops.dynamic_linear_w8a8(
+            x * factors, weight, scale, total, bias, activation
+        ),
+        "scaled": lambda: ops.dynamic_linear_w8a8(
+            x, weight, scale, total, bias, activation, factors
+        ),
         "linear_w8a8 static": lambda: ops.linear_w8a8(
             q, static, None, weight, scale, None, bias, activation, torch.float32
         ),
@@ -130,6 +137,8 @@ def norm_candidates(tokens: int) -> dict[str, Candidates]:
         "quantize_per_token": {
             "eager fp32": lambda: KERNELS["quantize_per_token"].reference(x),
             "kernel": lambda: ops.quantize_per_token(x),
+            "multiplied first": lambda: ops.quantize_per_token(x * weight),
+            "scaled": lambda: ops.quantize_per_token(x, weight),
         },
     }
 

@@ -8,6 +8,7 @@ from fxopt.errors import KernelError
 __all__ = [
     "check_floating",
     "check_int8_weight",
+    "check_pre_scale",
     "check_same",
     "check_weight_sum",
     "compute_dtype",
@@ -58,6 +59,15 @@ def check_weight_sum(weight_sum: Tensor | None, weight: Tensor) -> None:
             f"weight_sum must be int32 with N = {n} elements, the row sums of weight, "
             f"got {_describe(weight_sum)}"
         )
+
+
+def check_pre_scale(pre_scale: Tensor | None, k: int, what: str = "pre_scale") -> None:
+    """Raise a KernelError unless the scale is None or floating [k]."""
+    if pre_scale is None:
+        return
+    if pre_scale.numel() != k:
+        raise KernelError(f"{what} must have {k} elements, got {list(pre_scale.shape)}")
+    check_floating(pre_scale.dtype, what)
 
 
 def check_same(a: Tensor, b: Tensor, what: str) -> None:

@@ -9,6 +9,7 @@ from fxopt.lowering.elementwise import (
     SiluGate,
 )
 from fxopt.lowering.gated_mlp import GatedMlp
+from fxopt.lowering.pre_scale import DynamicPreScale, StaticPreScale
 from fxopt.lowering.quantized import (
     DynamicLinear,
     FuseGelu,
@@ -25,6 +26,7 @@ INTEGER: tuple[LoweringRule, ...] = (
     WeightOnlyLinear(),
     Int8Embedding(),
 )
+PROLOGUES: tuple[LoweringRule, ...] = (DynamicPreScale(), StaticPreScale())
 EPILOGUES: tuple[LoweringRule, ...] = (FuseGelu(), FuseRelu())
 ELEMENTWISE: tuple[LoweringRule, ...] = (
     FusedRmsNorm(),

@@ -1,5 +1,6 @@
 """The CUDA table: Triton kernels, reached from the same graph."""
 
+from fxopt.lowering.pre_scale import DynamicPreScale, StaticPreScale
 from fxopt.lowering.quantized import (
     DynamicLinear,
     FuseGelu,
@@ -16,4 +17,5 @@ INTEGER: tuple[LoweringRule, ...] = (
     WeightOnlyLinear(),
     Int8Embedding(),
 )
+PROLOGUES: tuple[LoweringRule, ...] = (DynamicPreScale(), StaticPreScale())
 EPILOGUES: tuple[LoweringRule, ...] = (FuseGelu(), FuseRelu())

@@ -30,15 +30,18 @@ class GatedMlp(LoweringRule):
         down_scale: Variable,
         down_sums: Variable,
         down_bias: Variable,
+        pre_scale: Variable,
+        down_pre_scale: Variable,
     ) -> Any:
         linear = ops.dynamic_linear_w8a8
-        both = op.named("both", op.call(linear, x, weight, scale, sums, bias, "none"))
+        both = op.named("both", op.call(linear, x, weight, scale, sums, bias, "none", pre_scale))
         gate = op.slice(both, op.variable("axis"), 0, op.variable("middle"))
         up = op.slice(both, op.variable("axis"), op.variable("middle"), op.variable("end"))
         inner = op.named(
             "inner", op.call(ops.gated_activation, gate, up, op.variable("activation"))
         )
-        return op.call(linear, inner, down, down_scale, down_sums, down_bias, "none")
+        parts = (down, down_scale, down_sums, down_bias)
+        return op.call(linear, inner, *parts, "none", down_pre_scale)
 
     def check(self, program: Program, match: Match) -> str | None:
         if len(match.both.users) != 2 or len(match.inner.users) != 1:
@@ -62,4 +65,6 @@ class GatedMlp(LoweringRule):
             match.down_sums,
             match.down_bias,
             match.activation,
+            match.pre_scale,
+            match.down_pre_scale,
         )

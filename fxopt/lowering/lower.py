@@ -124,12 +124,12 @@ def default_shapes(program: Program) -> list[tuple[int, int]]:
 
 def _apply_table(lowered: Lowered, original: Program, gate: SpeedGate, target: str) -> None:
     if target == "cuda":
-        for rules in (cuda.INTEGER, cuda.EPILOGUES):
+        for rules in (cuda.INTEGER, (*cuda.PROLOGUES, *cuda.EPILOGUES)):
             _apply(lowered, gate, rules)
         return
     # Norms come before linears are merged, gates after: a merged gate and up is one product.
     _apply(lowered, gate, (*cpu.INTEGER, *cpu.ELEMENTWISE))
-    _apply(lowered, gate, cpu.EPILOGUES)
+    _apply(lowered, gate, (*cpu.PROLOGUES, *cpu.EPILOGUES))
     lowered.sites += merge_siblings(lowered.program, original)
     _apply(lowered, gate, cpu.BLOCKS)
 
@@ -155,6 +155,9 @@ class _Timed(LoweringRule):
 
     def patterns(self) -> list[Any]:
         return self.rule.patterns()
+
+    def condition(self, program: Program, match: Match) -> bool:
+        return self.rule.condition(program, match)
 
     def check(self, program: Program, match: Match) -> str | None:
         return self.rule.check(program, match) or self.gate.refuse(program, self.rule, match)

@@ -1,6 +1,7 @@
 """Linears that read the same activation become one: one quantization, one product."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ ops = torch.ops.fxopt
 
 
 def merge_siblings(program: Program, original: Program) -> list[Site]:
-    """Merge `dynamic_linear_w8a8` and `linear_w8a16` nodes that share their input.
+    """Merge `dynamic_linear_w8a8` and `linear_w8a16` nodes that share their input and its scale.
 
     The rows of their weights are stored one after the other. The parts that `original`, the
     program before lowering, holds become views of them at once, so that nothing is held twice.
@@ -24,16 +25,22 @@ def merge_siblings(program: Program, original: Program) -> list[Site]:
     for target in (ops.dynamic_linear_w8a8.default, ops.linear_w8a16.default):
         groups: dict[Any, list[Node]] = defaultdict(list)
         for node in program.nodes(target):
-            x, *parts, activation = node.args
-            if activation == "none" and _mergeable(parts):
-                groups[x, tuple(part is None for part in parts)].append(node)
+            x, parts, rest = _operands(node)
+            if rest[0] == "none" and _mergeable(parts):
+                groups[x, tuple(part is None for part in parts), rest].append(node)
         for nodes in groups.values():
             if len(nodes) > 1:
                 sites += _merge(program, original, target, nodes)
     return sites
 
 
-def _mergeable(parts: list[Any]) -> bool:
+def _operands(node: Node) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    """What a linear reads, the parts of its weight, and from its activation on what must agree."""
+    activation = next(i for i, arg in enumerate(node.args) if isinstance(arg, str))
+    return node.args[0], node.args[1:activation], node.args[activation:]
+
+
+def _mergeable(parts: Sequence[Any]) -> bool:
     # A weight that others read too (a tied one) must stay where it is.
     return all(
         part is None
@@ -45,11 +52,11 @@ def _mergeable(parts: list[Any]) -> bool:
 def _merge(program: Program, original: Program, target: Any, nodes: list[Node]) -> list[Site]:
     first = nodes[0]
     build = Builder(program, first, "lower/merge_siblings")
-    x, *parts, activation = first.args
+    x, parts, rest = _operands(first)
     stacked = [
         _stack(build, original, [node.args[i + 1] for node in nodes]) for i in range(len(parts))
     ]
-    merged = build.call(target, x, *stacked, activation)
+    merged = build.call(target, x, *stacked, *rest)
     start = 0
     sites: list[Site] = []
     for node in nodes:

@@ -1,5 +1,7 @@
 """Inputs that several kernel tests share."""
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -40,15 +42,21 @@ def row_sums(weight: Tensor) -> Tensor:
     return weight.sum(1, dtype=torch.int32)
 
 
+def pre_scale_of(k: int) -> Tensor:
+    """Factors of one or two orders of magnitude for k input channels."""
+    return 2 ** (2 * torch.randn(k))
+
+
 def dynamic_cases(x: Tensor, up, down):
-    """(operator, arguments): both dynamic operators, symmetric and asymmetric."""
-    for summed in (False, True):
+    """(operator, arguments): both dynamic operators, each operand that may be absent twice."""
+    for summed, scaled in product((False, True), repeat=2):
         a, b = (
             (weight, scale, row_sums(weight) if summed else None, bias)
             for weight, scale, bias in (up, down)
         )
-        yield "dynamic_linear_w8a8", (x, *a, "gelu")
-        yield "dynamic_gated_mlp_w8a8", (x, *a, *b, "silu")
+        scales = [pre_scale_of(part[0].size(1)) if scaled else None for part in (a, b)]
+        yield "dynamic_linear_w8a8", (x, *a, "gelu", scales[0])
+        yield "dynamic_gated_mlp_w8a8", (x, *a, *b, "silu", *scales)
 
 
 def strided(x: Tensor) -> Tensor:

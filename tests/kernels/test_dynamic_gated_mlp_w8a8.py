@@ -7,7 +7,16 @@ from fxopt.errors import KernelError
 from fxopt.kernels import KERNELS
 from fxopt.kernels.activation import activation_function
 from fxopt.kernels.dynamic_gated_mlp_w8a8.reference import dynamic_gated_mlp_w8a8
-from tests.kernels.cases import ACTIVATIONS, DTYPE_IDS, FLOATING, row_sums, strided, weight_of
+from fxopt.kernels.dynamic_linear_w8a8.reference import dynamic_linear_w8a8
+from tests.kernels.cases import (
+    ACTIVATIONS,
+    DTYPE_IDS,
+    FLOATING,
+    pre_scale_of,
+    row_sums,
+    strided,
+    weight_of,
+)
 from tests.kernels.tolerances import assert_close
 
 NAME = "dynamic_gated_mlp_w8a8"
@@ -70,6 +79,25 @@ def test_is_the_composition_of_its_linears(run, summed):
     assert_close(NAME, run(NAME, x, *parameters, "silu"), expected)
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=DTYPE_IDS)
+@pytest.mark.parametrize(("m", "k", "f", "n"), [(1, 576, 96, 64), (7, 33, 65, 9), (1030, 8, 40, 5)])
+@SUMMED
+def test_scales_per_channel_are_products_in_float32(run, m, k, f, n, summed, dtype):
+    *up, down, down_scale, down_sum, down_bias = parameters = block(k, f, n, summed=summed)
+    x, pre_scale, down_pre_scale = torch.randn(m, k).to(dtype), pre_scale_of(k), pre_scale_of(f)
+    both = dynamic_linear_w8a8(x.float() * pre_scale, *up, "none")
+    gate, lift = both.chunk(2, -1)
+    hidden = activation_function("silu")(gate) * lift * down_pre_scale
+    linear = (down, down_scale, down_sum, down_bias)
+    expected = dynamic_linear_w8a8(hidden, *linear, "none").to(dtype)
+    args = (*parameters, "silu", pre_scale, down_pre_scale)
+    assert torch.equal(dynamic_gated_mlp_w8a8(x, *args), expected)
+    for each in (x, strided(x)):
+        assert_close(NAME, run(NAME, each, *args), expected)
+    plain = run(NAME, x, *parameters, "silu", None, None)
+    assert torch.equal(plain, run(NAME, x, *parameters, "silu"))
+
+
 @SUMMED
 def test_close_to_the_floating_block(run, summed):
     parameters = block(96, 128, 80, summed=summed)
@@ -107,6 +135,14 @@ def test_refusals(run):
         wrong = [*parameters[:index], torch.ones(3, dtype=torch.int32), *parameters[index + 1 :]]
         with pytest.raises(KernelError, match="weight_sum must be int32"):
             run(NAME, x, *wrong, "silu")
+    scales = {"pre_scale": 24, "down_pre_scale": 40}
+    for index, (name, width) in enumerate(scales.items()):
+        for wrong, why in (
+            (torch.ones(width + 1), f"^{name} must have {width} elements"),
+            (torch.ones(width, dtype=torch.int32), f"^{name} must be float32"),
+        ):
+            with pytest.raises(KernelError, match=why):
+                run(NAME, x, *parameters, "silu", *[None] * index, wrong)
 
 
 def test_opcheck(native):
@@ -114,3 +150,5 @@ def test_opcheck(native):
         OP, (torch.randn(2, 3, 24), *block(24, 40, 20, summed=(True, True)), "silu")
     )
     torch.library.opcheck(OP, (torch.randn(3, 24), *block(24, 4, 2, biased=False), "gelu"))
+    scaled = (*block(24, 4, 2), "gelu", pre_scale_of(24), pre_scale_of(4))
+    torch.library.opcheck(OP, (torch.randn(3, 24), *scaled))

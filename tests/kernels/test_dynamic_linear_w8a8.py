@@ -15,6 +15,7 @@ from tests.kernels.cases import (
     DTYPE_IDS,
     FLOATING,
     LINEAR_SHAPES,
+    pre_scale_of,
     row_sums,
     strided,
     weight_of,
@@ -34,6 +35,41 @@ def test_agreement_with_the_reference(run, lead, k, n, dtype):
         expected = dynamic_linear_w8a8(x, weight, scale, total, bias, "silu")
         for each in (x, strided(x)):
             assert_close(NAME, run(NAME, each, weight, scale, total, bias, "silu"), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=DTYPE_IDS)
+@pytest.mark.parametrize(("lead", "k", "n"), LINEAR_SHAPES)
+def test_a_scale_per_channel_is_a_product_in_float32(run, lead, k, n, dtype):
+    weight, scale, bias = weight_of(n, k)
+    x, pre_scale = torch.randn(*lead, k).to(dtype), pre_scale_of(k)
+    for total, factors in product((None, row_sums(weight)), (pre_scale, pre_scale.to(dtype))):
+        scaled = x.float() * factors.float()
+        expected = dynamic_linear_w8a8(scaled, weight, scale, total, bias, "silu").to(dtype)
+        args = (weight, scale, total, bias, "silu")
+        assert torch.equal(dynamic_linear_w8a8(x, *args, factors), expected)
+        for each in (x, strided(x)):
+            assert_close(NAME, run(NAME, each, *args, factors), expected)
+            assert torch.equal(run(NAME, each, *args, None), run(NAME, each, *args))
+
+
+@given(
+    st.integers(1, 40).flatmap(
+        lambda k: st.lists(
+            st.lists(st.floats(-(2.0**40), 2.0**40, width=32), min_size=k, max_size=k),
+            min_size=2,
+            max_size=12,
+        )
+    ),
+    st.booleans(),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_scaled_rows_of_any_floats(native, rows, asymmetric):
+    pre_scale, x = torch.tensor(rows[0]), torch.tensor(rows[1:])
+    weight, scale, _ = weight_of(5, x.size(1))
+    args = (weight, scale, row_sums(weight) if asymmetric else None, None, "none")
+    expected = dynamic_linear_w8a8(x * pre_scale, *args)
+    for function in (OP, KERNELS[NAME].aten, dynamic_linear_w8a8):
+        assert torch.equal(function(x, *args, pre_scale), expected)
 
 
 def composed(x, weight, scale, bias):
@@ -188,6 +224,11 @@ def test_refusals(run):
     for total in (row_sums(weight)[1:], row_sums(weight).long()):
         with pytest.raises(KernelError, match="weight_sum must be int32 with N = 7 elements"):
             run(NAME, x, weight, scale, total, bias, "none")
+    for wrong in (torch.ones(1), torch.ones(32), torch.ones(34)):
+        with pytest.raises(KernelError, match="pre_scale must have 33 elements, got"):
+            run(NAME, x, weight, scale, None, bias, "none", wrong)
+    with pytest.raises(KernelError, match="pre_scale must be float32, bfloat16"):
+        run(NAME, x, weight, scale, None, bias, "none", torch.ones(33, dtype=torch.int8))
     with pytest.raises(KernelError, match="weight must be int8"):
         run(NAME, x, weight.float(), scale, None, bias, "none")
 
@@ -197,6 +238,7 @@ def test_opcheck(native):
     torch.library.opcheck(OP, (torch.randn(2, 3, 33), weight, scale, None, bias, "relu"))
     total = row_sums(weight)
     torch.library.opcheck(OP, (torch.randn(3, 33).bfloat16(), weight, scale, total, None, "none"))
+    torch.library.opcheck(OP, (torch.randn(3, 33), weight, scale, total, None, "none", pre_scale_of(33)))
 
 
 def test_it_compiles_with_a_dynamic_batch(native):

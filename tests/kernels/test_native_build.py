@@ -103,6 +103,7 @@ for m in (1, 3, 40):
         for name, args in (
             ("dynamic_linear_w8a8", (x, w, scale, None, None, "gelu")),
             ("dynamic_linear_w8a8", (x, w, scale, w.sum(1, dtype=torch.int32), None, "gelu")),
+            ("dynamic_linear_w8a8", (x, w, scale, None, None, "gelu", torch.rand(k) + 0.5)),
             ("linear_w8a16", (x, w, scale, None, "gelu")),
         ):
             kernel = kernels.KERNELS[name]

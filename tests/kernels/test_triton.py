@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from fxopt.kernels import KERNELS
-from tests.kernels.cases import DTYPE_IDS, FLOATING, LINEAR_SHAPES, dynamic_cases, int8, weight_of
+from tests.kernels.cases import (
+    DTYPE_IDS,
+    FLOATING,
+    LINEAR_SHAPES,
+    dynamic_cases,
+    int8,
+    pre_scale_of,
+    weight_of,
+)
 from tests.kernels.tolerances import assert_close
 
 pytest.importorskip("triton")
@@ -33,12 +41,12 @@ def run_lane(lane: str, tmp_path: Path, **variables: str) -> int:
 
 @pytest.mark.interpreter
 def test_interpreted_kernels_are_the_reference(tmp_path):
-    assert run_lane("interpreter", tmp_path, TRITON_INTERPRET="1") == 88
+    assert run_lane("interpreter", tmp_path, TRITON_INTERPRET="1") == 92
 
 
 @pytest.mark.compile_only
 def test_kernels_compile_without_spilling(tmp_path):
-    assert run_lane("compile_only", tmp_path) == 44
+    assert run_lane("compile_only", tmp_path) == 68
 
 
 @pytest.mark.gpu
@@ -48,8 +56,10 @@ def test_kernels_compile_without_spilling(tmp_path):
 def test_quantize_on_a_gpu(shape, dtype):
     x = torch.randn(shape).to(dtype).cuda()
     kernel = KERNELS["quantize_per_token"]
-    for actual, expected in zip(kernel.overload(x), kernel.reference(x), strict=True):
-        assert torch.equal(actual, expected)
+    for pre_scale in (None, pre_scale_of(shape[-1]).cuda()):
+        results = (function(x, pre_scale) for function in (kernel.overload, kernel.reference))
+        for actual, expected in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,14 @@ from fxopt.kernels.linear_w8a8.triton import CONFIGS, GROUP_M, ODD_CONFIG, linea
 from fxopt.kernels.linear_w8a8.triton import launch as launch_linear
 from fxopt.kernels.quantize_per_token.reference import quantize_rows
 from fxopt.kernels.quantize_per_token.triton import launch_rows, quantize_per_token_kernel
-from tests.kernels.cases import FLOATING, dynamic_cases, int8, strided, weight_of
+from tests.kernels.cases import (
+    FLOATING,
+    dynamic_cases,
+    int8,
+    pre_scale_of,
+    strided,
+    weight_of,
+)
 from tests.kernels.tolerances import assert_close
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (33, 70, 45), (17, 64, 130), (127, 576, 40), (2, 4100, 3)]
@@ -68,9 +75,10 @@ def interpreter() -> int:
 
 
 def check_quantize(x: torch.Tensor) -> int:
-    for asymmetric in (False, True):
-        expected = quantize_rows(x, asymmetric)
-        for actual, wanted in zip(launch_rows(x, asymmetric), expected, strict=True):
+    scales = (None, pre_scale_of(x.size(-1)).to(x.dtype))
+    for asymmetric, pre_scale in product((False, True), scales):
+        expected = quantize_rows(x, asymmetric, pre_scale)
+        for actual, wanted in zip(launch_rows(x, asymmetric, pre_scale), expected, strict=True):
             if actual is None or wanted is None:
                 assert actual is wanted
                 continue
@@ -111,8 +119,8 @@ def compile_only() -> int:
     count = 0
     for target in TARGETS:
         for dtype in ("fp32", "bf16", "fp16"):
-            for asymmetric in (False, True):
-                compile_quantize(target, dtype, asymmetric=asymmetric)
+            for asymmetric, scaled in product((False, True), repeat=2):
+                compile_quantize(target, dtype, asymmetric=asymmetric, scaled=scaled)
                 count += 1
         for config in CONFIGS:
             compile_linear(target, config, aligned=True)
@@ -122,14 +130,14 @@ def compile_only() -> int:
     return count
 
 
-def compile_quantize(target: GPUTarget, dtype: str, *, asymmetric: bool) -> None:
-    signature = {
-        "x": f"*{dtype}", "q": "*i8", "scale": "*fp32", "zero_point": "*i32", "K": "i32",
-        "stride": "i64", "ASYMMETRIC": "constexpr", "BLOCK_K": "constexpr",
+def compile_quantize(target: GPUTarget, dtype: str, *, asymmetric: bool, scaled: bool) -> None:
+    constants = {"HAS_PRE_SCALE": scaled, "ASYMMETRIC": asymmetric, "BLOCK_K": 1024}
+    types = {
+        "x": f"*{dtype}", "pre_scale": f"*{dtype}", "q": "*i8", "scale": "*fp32",
+        "zero_point": "*i32", "K": "i32", "stride": "i64",
     }  # fmt: skip
-    source = ASTSource(
-        quantize_per_token_kernel, signature, constexprs={"ASYMMETRIC": asymmetric, "BLOCK_K": 1024}
-    )
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(quantize_per_token_kernel, signature, constexprs=constants)
     check_compiled(source, target, num_warps=4, num_stages=3)
 
 

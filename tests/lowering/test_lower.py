@@ -16,6 +16,7 @@ from fxopt.kernels import KERNELS
 from fxopt.lowering import Lowered, LoweringOptions, gate, lower, resolve_target
 from fxopt.lowering.lower import KeepFloating, default_shapes, kernel_names
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
+from fxopt.passes.equivalence.smoothquant import SmoothQuant
 from fxopt.passes.quantization.quantize import (
     ActivationOptions,
     EmbeddingOptions,
@@ -26,6 +27,7 @@ from fxopt.pipeline.lowered_check import check_lowered
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.verify import Verifier
 from fxopt.rewrite.driver import apply_rules
+from fxopt.rewrite.pattern import argument
 from tests.graphs import signature_of
 from tests.models import canonical_program, randomize
 from tests.zoo import ZOO
@@ -386,6 +388,173 @@ def test_siblings_with_and_without_bias_are_not_merged():
     lowered = lower(program, UNTIMED)
     assert kernels(lowered.program) == {"dynamic_linear_w8a8": 2}
     check(program, lowered)
+
+
+# --- scales that ride -----------------------------------------------------------------------
+
+LINEARS = (ops.dynamic_linear_w8a8.default, ops.linear_w8a8.default, ops.linear_w8a16.default)
+BY_GRANULARITY = {"token": TOKEN, "tensor": TENSOR}
+
+
+def smoothed(program: Program, activations: ActivationOptions, fold: bool = True) -> Program:
+    samples = [Sample(x) for x in program.examples[:2]]
+    smooth = SmoothQuant(
+        fold=fold, granularity=activations.granularity, symmetric=activations.symmetric
+    )
+    return apply(program, smooth, Quantize(activations=activations), samples=samples)
+
+
+def assert_same(program: Program, lowered: Lowered, tolerance: float) -> None:
+    for inputs in program.examples:
+        for ours, theirs in zip(run(lowered.program, inputs), run(program, inputs), strict=True):
+            error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+            assert float(error) <= tolerance
+
+
+def test_scales_in_front_of_dynamic_linears_ride_in_the_kernel():
+    program = smoothed(canonical_program("bert"), TOKEN)
+    # q/k/v and up of two layers are read through a scale, down too; the pooler.
+    assert len(program.nodes(aten.mul.Tensor)) == 7
+    lowered = lower(program, UNTIMED)
+    assert not lowered.program.nodes(aten.mul.Tensor)
+    nodes = lowered.program.nodes(ops.dynamic_linear_w8a8.default)
+    scaled = [node for node in nodes if argument(node, "pre_scale") is not None]
+    assert (len(nodes), len(scaled)) == (9, 7)  # v -> o folded
+    assert sum("merged with 2 siblings" in site.detail for site in lowered.sites) == 6
+    assert sum(site.detail == "DynamicPreScale" for site in lowered.sites) == 11
+    assert_same(program, lowered, 1e-5)
+    check(program, lowered)
+
+
+def test_both_scales_of_a_gated_block_ride_in_its_kernel():
+    program = smoothed(canonical_program("llama"), TOKEN, fold=False)
+    unscaled = len(canonical_program("llama").nodes(aten.mul.Tensor))
+    assert len(program.nodes(aten.mul.Tensor)) == unscaled + 9
+    lowered = lower(program, UNTIMED)
+    names = {"dynamic_linear_w8a8": 5, "dynamic_gated_mlp_w8a8": 2}
+    assert names.items() <= kernels(lowered.program).items()
+    for node in lowered.program.nodes(ops.dynamic_gated_mlp_w8a8.default):
+        assert argument(node, "pre_scale") is not None
+        assert argument(node, "down_pre_scale") is not None
+    readers = lowered.program.nodes(*LINEARS, ops.dynamic_gated_mlp_w8a8.default)
+    assert not any(node.args[0].target is aten.mul.Tensor for node in readers)
+    assert_same(program, lowered, 1e-5)
+    check(program, lowered)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_in_front_of_static_linears_divide_the_step(symmetric):
+    options = ActivationOptions(granularity="tensor", symmetric=symmetric)
+    program = smoothed(canonical_program("bert"), options)
+    assert len(program.nodes(aten.mul.Tensor)) == 7
+    lowered = lower(program, UNTIMED)
+    assert not lowered.program.nodes(aten.mul.Tensor)
+    blocks = Counter(tuple(q.args[3]) for q in lowered.program.nodes(ops.quantize.default))
+    assert blocks == {(-1, -1, 1): 10, (-1, 1): 1, (-1, -1, -1): 2}
+    # A number on the edge between two integers may become the other one.
+    assert_same(program, lowered, 1e-3)
+    check(program, lowered)
+
+
+@pytest.mark.parametrize("granularity", BY_GRANULARITY)
+def test_scales_ride_in_bf16_without_a_rounding(granularity):
+    torch.manual_seed(0)
+    model = ZOO["bert"]().eval()
+    randomize(model)
+    program = apply(capture_program(model.to(torch.bfloat16)), Canonicalize())
+    program = smoothed(program, BY_GRANULARITY[granularity])
+    assert program.nodes(aten.mul.Tensor)
+    lowered = lower(program, UNTIMED)
+    assert not lowered.program.nodes(aten.mul.Tensor)
+    check(program, lowered)
+
+
+class Scaled(nn.Module):
+    """Two linears behind one product, or each behind its own; a residual may read it too."""
+
+    def __init__(self, factors: Tensor, *, shared: bool = True, residual: bool = False):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.factors = nn.Parameter(factors)
+        self.others = None if shared else nn.Parameter(factors + 1)
+        self.residual = residual
+
+    def forward(self, x):
+        y = x * self.factors
+        z = y if self.others is None else x * self.others
+        out = self.a(y) + self.b(z)
+        return out + y if self.residual else out
+
+
+def scaled(factors: Tensor, activations: ActivationOptions | None = TOKEN, **options) -> Program:
+    x = torch.randn(2, 3, 16)
+    program = small(Scaled(factors, **options), x)
+    return apply(program, Quantize(activations=activations), samples=[Sample([x])])
+
+
+@pytest.mark.parametrize("activations", BY_GRANULARITY.values(), ids=BY_GRANULARITY)
+def test_a_product_that_others_read_stays_for_them(activations):
+    program = scaled(torch.rand(16) + 0.5, activations, residual=True)
+    lowered = lower(program, UNTIMED)
+    (product,) = lowered.program.nodes(aten.mul.Tensor)
+    assert not {user.target for user in product.users} & {*LINEARS, ops.quantize.default}
+    check(program, lowered)
+
+
+def test_siblings_with_one_scale_are_merged_and_others_are_not():
+    factors = torch.rand(16) + 0.5
+    for shared in (True, False):
+        program = scaled(factors, shared=shared)
+        lowered = lower(program, UNTIMED)
+        assert kernels(lowered.program) == {"dynamic_linear_w8a8": 1 if shared else 2}
+        assert not lowered.program.nodes(aten.mul.Tensor)
+        check(program, lowered)
+
+
+@pytest.mark.parametrize("activations", BY_GRANULARITY.values(), ids=BY_GRANULARITY)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1,), torch.float32), ((3, 16), torch.float32), ((), torch.float32), ((16,), torch.float64)],
+)
+def test_factors_that_are_not_one_scale_per_channel_stay(shape, dtype, activations):
+    factors = torch.rand(shape, dtype=dtype) + 0.5
+    x = torch.randn(2, 3, 16)
+    program = small(Scaled(factors).to(factors.dtype), x)
+    program = apply(program, Quantize(activations=activations), samples=[Sample([x])])
+    lowered = lower(program, UNTIMED)
+    assert len(lowered.program.nodes(aten.mul.Tensor)) == 1
+    check(program, lowered)
+
+
+def test_a_scale_in_front_of_integer_weights_alone_stays():
+    program = scaled(torch.rand(16) + 0.5, None)
+    lowered = lower(program, UNTIMED)
+    assert kernels(lowered.program) == {"linear_w8a16": 1}
+    assert len(lowered.program.nodes(aten.mul.Tensor)) == 1
+    check(program, lowered)
+
+
+def test_a_scale_whose_linears_run_in_floating_point_stays(monkeypatch):
+    for activations in BY_GRANULARITY.values():
+        program = scaled(torch.rand(16) + 0.5, activations)
+        lowered, _ = timed(monkeypatch, program, (10.0, 20.0))
+        assert kernels(lowered.program) == {}
+        assert len(lowered.program.nodes(aten.mul.Tensor)) == 1
+        check(program, lowered)
+
+
+def test_riding_is_timed_like_any_kernel(monkeypatch):
+    for activations, rule in zip(BY_GRANULARITY.values(), ("Dynamic", "Static"), strict=True):
+        program = scaled(torch.rand(16) + 0.5, activations)
+        made, _ = timed(monkeypatch, program.clone(), (10.0, 5.0))
+        assert not made.program.nodes(aten.mul.Tensor)
+        (key,) = (key for key in made.decisions if key.startswith(f"{rule}PreScale"))
+        monkeypatch.setattr(gate, "alternate", refuse_to_time)
+        options = LoweringOptions(target="cpu", decisions={**made.decisions, key: False})
+        lowered = lower(program, options)
+        assert len(lowered.program.nodes(aten.mul.Tensor)) == 1
+        assert {r.reason for r in lowered.refusals} == {"slower than what it replaces"}
+        check(program, lowered)
 
 
 # --- epilogues ------------------------------------------------------------------------------

@@ -53,7 +53,9 @@ at::Tensor dynamic_gated_mlp_w8a8(const at::Tensor& x, const at::Tensor& gate_up
                                   const at::Tensor& down_weight, const at::Tensor& down_scale,
                                   const std::optional<at::Tensor>& down_sum,
                                   const std::optional<at::Tensor>& down_bias,
-                                  c10::string_view activation) {
+                                  c10::string_view activation,
+                                  const std::optional<at::Tensor>& pre_scale,
+                                  const std::optional<at::Tensor>& down_pre_scale) {
   const Activation act = parse_activation(activation);
   FXOPT_CHECK(x.dim() >= 1, "dynamic_gated_mlp_w8a8 needs a tensor [..., K], got a scalar");
   check_floating(x.scalar_type(), "x");
@@ -65,6 +67,8 @@ at::Tensor dynamic_gated_mlp_w8a8(const at::Tensor& x, const at::Tensor& gate_up
   const int64_t f = gate_up_weight.size(0) / 2;
   check_weight(down_weight, down_scale, down_bias, f);
   check_weight_sum(down_sum, down_weight);
+  const Parameter<float> factors(pre_scale, x.size(-1), "pre_scale");
+  const Parameter<float> down_factors(down_pre_scale, f, "down_pre_scale");
   const int64_t n = down_weight.size(0);
   const at::ScalarType dtype = x.scalar_type();
   at::Tensor y = empty_like_rows(x, n, dtype);
@@ -79,10 +83,10 @@ at::Tensor dynamic_gated_mlp_w8a8(const at::Tensor& x, const at::Tensor& gate_up
     const int64_t m = std::min(chunk, total - first);
     TokenQuantized input(m, rows.k, gate_up_sum.has_value());
     const auto* from = static_cast<const char*>(rows.data) + first * rows.ld * x.element_size();
-    input.quantize(from, dtype, rows.ld);
+    input.quantize(from, dtype, rows.ld, factors.get());
     gate_up(input.rows(), up_parts.view(), act, hidden);
     TokenQuantized middle(m, f, down_sum.has_value());
-    middle.quantize(hidden, at::kFloat, f);
+    middle.quantize(hidden, at::kFloat, f, down_factors.get());
     auto* to = static_cast<char*>(y.mutable_data_ptr()) + first * n * x.element_size();
     linear_rows(middle.rows(), down_parts.view(), Activation::none, {to, n, dtype});
   }

@@ -24,6 +24,8 @@ def dynamic_gated_mlp_w8a8(
     down_sum: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    pre_scale: Tensor | None = None,
+    down_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """The reference on the machine's integer product."""
     check_gated_mlp(
@@ -36,8 +38,10 @@ def dynamic_gated_mlp_w8a8(
         down_scale,
         down_sum,
         down_bias,
+        pre_scale,
+        down_pre_scale,
     )
-    q, scale, zero_point = quantize_rows(x, gate_up_sum is not None)
+    q, scale, zero_point = quantize_rows(x, gate_up_sum is not None, pre_scale)
     gate_up = linear_w8a8(
         q,
         scale,
@@ -51,7 +55,7 @@ def dynamic_gated_mlp_w8a8(
     )
     gate, up = gate_up.chunk(2, -1)
     hidden = activation_function(activation)(gate) * up
-    q, scale, zero_point = quantize_rows(hidden, down_sum is not None)
+    q, scale, zero_point = quantize_rows(hidden, down_sum is not None, down_pre_scale)
     return linear_w8a8(
         q, scale, zero_point, down_weight, down_scale, down_sum, down_bias, "none", x.dtype
     )

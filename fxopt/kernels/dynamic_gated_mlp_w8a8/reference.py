@@ -1,13 +1,13 @@
 """fxopt::dynamic_gated_mlp_w8a8: a gated feed-forward block on int8 weights, in one operator.
 
-    gate, up = split(dynamic_linear(x, gate_up_weight))
-    y = dynamic_linear(activation(gate) * up, down_weight)
+    gate, up = split(dynamic_linear(x * pre_scale, gate_up_weight))
+    y = dynamic_linear(activation(gate) * up * down_pre_scale, down_weight)
 
 Shapes:
     x [..., K] floating; gate_up_weight [2F, K] int8, the gate rows first, then the up rows;
     gate_up_scale [2F] float32; gate_up_sum [2F] int32 or None; gate_up_bias [2F];
-    down_weight [N, F] int8; down_scale [N] float32; down_sum [N] int32 or None; down_bias [N]
-    -> y [..., N] like x.
+    down_weight [N, F] int8; down_scale [N] float32; down_sum [N] int32 or None; down_bias [N];
+    pre_scale [K] and down_pre_scale [F] floating or None -> y [..., N] like x.
 
 Both linears quantize their input per token, asymmetrically where the sum of their weight is given.
 What lies between them stays in float32, so the result is rounded to the dtype of x once.
@@ -18,7 +18,12 @@ from torch import Tensor
 
 from fxopt.errors import KernelError
 from fxopt.kernels.activation import activation_function
-from fxopt.kernels.checks import check_floating, check_int8_weight, check_weight_sum
+from fxopt.kernels.checks import (
+    check_floating,
+    check_int8_weight,
+    check_pre_scale,
+    check_weight_sum,
+)
 from fxopt.kernels.linear_w8a8.reference import linear_w8a8
 from fxopt.kernels.quantize_per_token.reference import quantize_rows
 from fxopt.kernels.registry import register_fake, register_reference
@@ -36,6 +41,8 @@ def check_gated_mlp(
     down_scale: Tensor,
     down_sum: Tensor | None,
     down_bias: Tensor | None,
+    pre_scale: Tensor | None,
+    down_pre_scale: Tensor | None,
 ) -> None:
     """Raise a KernelError for dtypes and sizes that do not fit."""
     if x.dim() == 0:
@@ -50,12 +57,15 @@ def check_gated_mlp(
         )
     check_int8_weight(down_weight, down_scale, down_bias, gate_up_weight.size(0) // 2)
     check_weight_sum(down_sum, down_weight)
+    check_pre_scale(pre_scale, x.size(-1))
+    check_pre_scale(down_pre_scale, down_weight.size(1), "down_pre_scale")
 
 
 @register_reference(
     "dynamic_gated_mlp_w8a8(Tensor x, Tensor gate_up_weight, Tensor gate_up_scale, "
     "Tensor? gate_up_sum, Tensor? gate_up_bias, Tensor down_weight, Tensor down_scale, "
-    "Tensor? down_sum, Tensor? down_bias, str activation) -> Tensor"
+    "Tensor? down_sum, Tensor? down_bias, str activation, "
+    "Tensor? pre_scale=None, Tensor? down_pre_scale=None) -> Tensor"
 )
 def dynamic_gated_mlp_w8a8(
     x: Tensor,
@@ -68,6 +78,8 @@ def dynamic_gated_mlp_w8a8(
     down_sum: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    pre_scale: Tensor | None = None,
+    down_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """Gated feed-forward block; see the module's equation."""
     check_gated_mlp(
@@ -80,8 +92,10 @@ def dynamic_gated_mlp_w8a8(
         down_scale,
         down_sum,
         down_bias,
+        pre_scale,
+        down_pre_scale,
     )
-    q, scale, zero_point = quantize_rows(x, gate_up_sum is not None)
+    q, scale, zero_point = quantize_rows(x, gate_up_sum is not None, pre_scale)
     gate_up = linear_w8a8(
         q,
         scale,
@@ -95,7 +109,7 @@ def dynamic_gated_mlp_w8a8(
     )
     gate, up = gate_up.chunk(2, -1)
     hidden = activation_function(activation)(gate) * up
-    q, scale, zero_point = quantize_rows(hidden, down_sum is not None)
+    q, scale, zero_point = quantize_rows(hidden, down_sum is not None, down_pre_scale)
     return linear_w8a8(
         q, scale, zero_point, down_weight, down_scale, down_sum, down_bias, "none", x.dtype
     )
@@ -113,6 +127,8 @@ def _(
     down_sum: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    pre_scale: Tensor | None = None,
+    down_pre_scale: Tensor | None = None,
 ) -> Tensor:
     check_gated_mlp(
         x,
@@ -124,6 +140,8 @@ def _(
         down_scale,
         down_sum,
         down_bias,
+        pre_scale,
+        down_pre_scale,
     )
     activation_function(activation)
     return x.new_empty((*x.shape[:-1], down_weight.size(0)))

@@ -22,6 +22,8 @@ def launch(
     down_sum: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    pre_scale: Tensor | None = None,
+    down_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """Gated feed-forward block on x [..., K]; y [..., N] like x."""
     check_gated_mlp(
@@ -34,8 +36,10 @@ def launch(
         down_scale,
         down_sum,
         down_bias,
+        pre_scale,
+        down_pre_scale,
     )
-    q, scale, zero_point = launch_rows(x, gate_up_sum is not None)
+    q, scale, zero_point = launch_rows(x, gate_up_sum is not None, pre_scale)
     gate_up = launch_linear(
         q,
         scale,
@@ -49,7 +53,7 @@ def launch(
     )
     gate, up = gate_up.chunk(2, -1)
     hidden = activation_function(activation)(gate) * up
-    q, scale, zero_point = launch_rows(hidden, down_sum is not None)
+    q, scale, zero_point = launch_rows(hidden, down_sum is not None, down_pre_scale)
     return launch_linear(
         q, scale, zero_point, down_weight, down_scale, down_sum, down_bias, "none", x.dtype
     )

@@ -18,10 +18,11 @@ def dynamic_linear_w8a8(
     weight_sum: Tensor | None,
     bias: Tensor | None,
     activation: str,
+    pre_scale: Tensor | None = None,
 ) -> Tensor:
     """The reference on the machine's integer product."""
-    check_dynamic_linear(x, weight, weight_scale, weight_sum, bias)
-    q, scale, zero_point = quantize_rows(x, weight_sum is not None)
+    check_dynamic_linear(x, weight, weight_scale, weight_sum, bias, pre_scale)
+    q, scale, zero_point = quantize_rows(x, weight_sum is not None, pre_scale)
     return linear_w8a8(
         q, scale, zero_point, weight, weight_scale, weight_sum, bias, activation, x.dtype
     )

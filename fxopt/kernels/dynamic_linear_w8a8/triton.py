@@ -16,10 +16,11 @@ def launch(
     weight_sum: Tensor | None,
     bias: Tensor | None,
     activation: str,
+    pre_scale: Tensor | None = None,
 ) -> Tensor:
     """Quantize x [..., K] per token, then multiply by weight [N, K]; y [..., N] like x."""
-    check_dynamic_linear(x, weight, weight_scale, weight_sum, bias)
-    q, scale, zero_point = launch_rows(x, weight_sum is not None)
+    check_dynamic_linear(x, weight, weight_scale, weight_sum, bias, pre_scale)
+    q, scale, zero_point = launch_rows(x, weight_sum is not None, pre_scale)
     return launch_linear(
         q, scale, zero_point, weight, weight_scale, weight_sum, bias, activation, x.dtype
     )

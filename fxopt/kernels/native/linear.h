@@ -8,6 +8,7 @@
 
 #include "fxopt/kernels/native/int8_gemm.h"
 #include "fxopt/kernels/native/quantize.h"
+#include "fxopt/kernels/native/rows.h"
 
 namespace fxopt {
 
@@ -142,8 +143,8 @@ class TokenQuantized {
         sum_(m),
         zero_point_(asymmetric ? m : 0) {}
 
-  void quantize(const void* x, at::ScalarType dtype, int64_t ldx) {
-    quantize_matrix(x, dtype, ldx, m_, k_, q_, lda_, scale_, sum_, zero_point());
+  void quantize(const void* x, at::ScalarType dtype, int64_t ldx, const float* pre_scale) {
+    quantize_matrix(x, dtype, ldx, m_, k_, pre_scale, q_, lda_, scale_, sum_, zero_point());
   }
 
   QuantizedRows rows() const { return {{q_, lda_, m_, k_}, scale_, 1, sum_, zero_point()}; }

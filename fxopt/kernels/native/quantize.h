@@ -1,4 +1,4 @@
-// int8 quantization of rows.
+// int8 quantization of rows, each x multiplied by a scale per channel first where there is one.
 //   symmetric:  scale = max(max(|x|) / 127, tiny), q = round_half_even(x / scale);
 //   asymmetric: low = min(0, min x), high = max(0, max x), scale = max((high - low) / 255, tiny),
 //               zero_point = -128 - round_half_even(low / scale),
@@ -82,21 +82,30 @@ inline int32_t quantize_row(const float* __restrict x, int64_t n, int8_t* __rest
   return sum;
 }
 
+// x * pre_scale in float32: x itself where it is that already, else scratch, which stays in cache.
+template <typename T>
+inline const float* scaled_row(const T* x, const float* __restrict pre_scale,
+                               float* __restrict scratch, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (pre_scale == nullptr) return x;
+    for (int64_t i = 0; i < n; ++i) scratch[i] = x[i] * pre_scale[i];
+  } else {
+    load_row(x, scratch, n);
+    if (pre_scale == nullptr) return scratch;
+    for (int64_t i = 0; i < n; ++i) scratch[i] *= pre_scale[i];
+  }
+  return scratch;
+}
+
 // Rows [first, last) of x (row stride ldx) into q (row stride ldq, padded with zeros to ldq);
 // asymmetric where there is room for zero points.
 template <typename T>
-inline void quantize_rows(const T* x, int64_t ldx, int64_t k, int64_t first, int64_t last,
-                          int8_t* q, int64_t ldq, float* scale, int32_t* sum,
-                          int32_t* zero_point) {
-  Buffer<float> scratch(std::is_same_v<T, float> ? 0 : k);
+inline void quantize_rows(const T* x, int64_t ldx, int64_t k, const float* pre_scale,
+                          int64_t first, int64_t last, int8_t* q, int64_t ldq, float* scale,
+                          int32_t* sum, int32_t* zero_point) {
+  Buffer<float> scratch(std::is_same_v<T, float> && pre_scale == nullptr ? 0 : k);
   for (int64_t m = first; m < last; ++m) {
-    const float* row;
-    if constexpr (std::is_same_v<T, float>) {
-      row = x + m * ldx;
-    } else {
-      load_row(x + m * ldx, scratch.get(), k);
-      row = scratch;
-    }
+    const float* row = scaled_row(x + m * ldx, pre_scale, scratch.get(), k);
     int8_t* q_row = q + m * ldq;
     const int32_t total = zero_point == nullptr
                               ? quantize_row(row, k, q_row, scale + m)
@@ -108,13 +117,13 @@ inline void quantize_rows(const T* x, int64_t ldx, int64_t k, int64_t first, int
 
 // The same for all rows, on all threads where there is enough to do.
 inline void quantize_matrix(const void* x, at::ScalarType dtype, int64_t ldx, int64_t m, int64_t k,
-                            int8_t* q, int64_t ldq, float* scale, int32_t* sum,
-                          int32_t* zero_point) {
+                            const float* pre_scale, int8_t* q, int64_t ldq, float* scale,
+                            int32_t* sum, int32_t* zero_point) {
   const int64_t grain = 32768 / (k + 1) + 1;
   dispatch_floating(dtype, "x", [&](auto sample) {
     using T = decltype(sample);
     at::parallel_for(0, m, grain, [&](int64_t first, int64_t last) {
-      quantize_rows(static_cast<const T*>(x), ldx, k, first, last, q, ldq, scale, sum,
+      quantize_rows(static_cast<const T*>(x), ldx, k, pre_scale, first, last, q, ldq, scale, sum,
                     zero_point);
     });
   });

@@ -1,12 +1,16 @@
 """fxopt::quantize_per_token: symmetric int8 with one scale per token.
 
+    x = x * pre_scale
     scale = max(max_k |x_k| / 127, tiny)        q = round_half_even(x / scale) in [-127, 127]
 
 Shapes:
-    x [..., K] floating -> q [..., K] int8, scale [..., 1] float32.
+    x [..., K] floating; pre_scale [K] floating or None -> q [..., K] int8, scale [..., 1] float32.
 
-Computed in float32. A row of zeros gives zeros. A row with NaN or infinity gives zeros under a
-scale that is not finite, so what is computed from it is NaN and not a plausible number.
+Computed in float32. The product with pre_scale stays in float32 and is not rounded to the dtype of
+x: two bfloat16 or float16 numbers multiply exactly there, so that nothing is rounded before q.
+
+A row of zeros gives zeros. A row with NaN or infinity gives zeros under a scale that is not finite,
+so what is computed from it is NaN and not a plausible number.
 
 `quantize_rows` offers the asymmetric variant to the operators that quantize what they read:
 
@@ -21,40 +25,52 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import KernelError
-from fxopt.kernels.checks import check_floating
+from fxopt.kernels.checks import check_floating, check_pre_scale
 from fxopt.kernels.registry import register_fake, register_reference
 
-__all__ = ["quantize_per_token", "quantize_rows"]
+__all__ = ["check_rows", "quantize_per_token", "quantize_rows"]
 
 TINY = torch.finfo(torch.float32).tiny
 
 
-def _check(x: Tensor) -> None:
+def check_rows(x: Tensor, pre_scale: Tensor | None) -> None:
+    """Raise a KernelError for dtypes and sizes that do not fit."""
     if x.dim() == 0:
         raise KernelError("quantize_per_token needs a tensor [..., K], got a scalar")
     check_floating(x.dtype, "x")
+    check_pre_scale(pre_scale, x.size(-1))
 
 
-@register_reference("quantize_per_token(Tensor x) -> (Tensor q, Tensor scale)")
-def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(x: Tensor, pre_scale: Tensor | None) -> Tensor:
+    """x * pre_scale in float32, contiguous."""
+    rows = x.to(torch.float32).contiguous()
+    return rows if pre_scale is None else rows * pre_scale.to(torch.float32).reshape(-1)
+
+
+@register_reference(
+    "quantize_per_token(Tensor x, Tensor? pre_scale=None) -> (Tensor q, Tensor scale)"
+)
+def quantize_per_token(x: Tensor, pre_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize each row of the last axis; see the module's equation."""
-    _check(x)
+    check_rows(x, pre_scale)
     if x.size(-1) == 0:
         scale = torch.full((*x.shape[:-1], 1), TINY, device=x.device)
         return torch.empty(x.shape, dtype=torch.int8, device=x.device), scale
-    rows = x.to(torch.float32).contiguous()
+    rows = _scaled(x, pre_scale)
     absmax = rows.abs().amax(-1, keepdim=True)
     scale = (absmax / 127).clamp_min(TINY)
     q = torch.where(absmax.isfinite(), torch.round(rows / scale), 0.0)
     return q.to(torch.int8), scale
 
 
-def quantize_rows(x: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_rows(
+    x: Tensor, asymmetric: bool, pre_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The q and scale from above, and the int32 zero point [..., 1], which symmetric rows lack."""
     if not asymmetric:
-        return *quantize_per_token(x), None
-    _check(x)
-    rows = x.to(torch.float32).contiguous()
+        return *quantize_per_token(x, pre_scale), None
+    check_rows(x, pre_scale)
+    rows = _scaled(x, pre_scale)
     if x.size(-1) == 0:  # an empty row has no least value
         rows = rows.new_zeros((*x.shape[:-1], 1))
     low = rows.amin(-1, keepdim=True).clamp(max=0)
@@ -68,7 +84,7 @@ def quantize_rows(x: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor, Tensor |
 
 
 @register_fake("quantize_per_token")
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check(x)
+def _(x: Tensor, pre_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    check_rows(x, pre_scale)
     q = x.new_empty(x.shape, dtype=torch.int8)
     return q, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.errors import KernelError
-from fxopt.kernels.checks import check_floating
+from fxopt.kernels.quantize_per_token.reference import check_rows
 
 __all__ = ["launch", "launch_rows", "quantize_per_token_kernel"]
 
@@ -18,12 +17,31 @@ MAX_BLOCK = 4096
 
 
 @triton.jit
+def _load_scaled(x, pre_scale, k, K, HAS_PRE_SCALE: tl.constexpr):
+    """Elements k of a row x [K] times those of pre_scale [K], in float32."""
+    b_x = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if HAS_PRE_SCALE:
+        b_x = b_x * tl.load(pre_scale + k, mask=k < K, other=0.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
 def quantize_per_token_kernel(
-    x, q, scale, zero_point, K, stride, ASYMMETRIC: tl.constexpr, BLOCK_K: tl.constexpr
+    x,
+    pre_scale,
+    q,
+    scale,
+    zero_point,
+    K,
+    stride,
+    HAS_PRE_SCALE: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """One row to int8, symmetric or with a zero point; see the reference for the equations.
 
-    x [M, K] with rows `stride` apart; q [M, K] int8; scale [M] float32; zero_point [M] int32.
+    x [M, K] with rows `stride` apart; pre_scale [K]; q [M, K] int8; scale [M] float32;
+    zero_point [M] int32.
 
     Extremes are taken on the bits: for non-negative floats integers sort alike, with NaN above
     infinity, so neither is lost; with the sign flipped, the least value is the largest. Adding and
@@ -35,7 +53,7 @@ def quantize_per_token_kernel(
     b_low = tl.zeros([BLOCK_K], dtype=tl.int32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        b_x = tl.load(x + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
+        b_x = _load_scaled(x + row * stride, pre_scale, k, K, HAS_PRE_SCALE)
         b_bits = b_x.to(tl.int32, bitcast=True)
         b_high = tl.maximum(b_high, b_bits)
         b_low = tl.maximum(b_low, b_bits ^ -0x80000000)
@@ -58,24 +76,24 @@ def quantize_per_token_kernel(
     tl.store(scale + row, s)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        b_x = tl.load(x + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
+        b_x = _load_scaled(x + row * stride, pre_scale, k, K, HAS_PRE_SCALE)
         b_q = (tl.div_rn(b_x, tl.zeros_like(b_x) + s) + 12582912.0) - 12582912.0
         if ASYMMETRIC:
             b_q = tl.minimum(tl.maximum(b_q + zero, -128.0), 127.0)
         tl.store(q + row * K + k, tl.where(finite, b_q, 0.0).to(tl.int8), mask=k < K)
 
 
-def launch(x: Tensor) -> tuple[Tensor, Tensor]:
+def launch(x: Tensor, pre_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize x [..., K] per token: q [..., K] int8 and scale [..., 1] float32."""
-    q, scale, _ = launch_rows(x, asymmetric=False)
+    q, scale, _ = launch_rows(x, asymmetric=False, pre_scale=pre_scale)
     return q, scale
 
 
-def launch_rows(x: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def launch_rows(
+    x: Tensor, asymmetric: bool, pre_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same, with the zero point [..., 1] int32 of asymmetric rows."""
-    if x.dim() == 0:
-        raise KernelError("quantize_per_token needs a tensor [..., K], got a scalar")
-    check_floating(x.dtype, "x")
+    check_rows(x, pre_scale)
     width = x.size(-1)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
@@ -89,11 +107,14 @@ def launch_rows(x: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor, Tensor | N
     with torch.cuda.device_of(x):
         quantize_per_token_kernel[(scale.numel(),)](
             rows,
+            # Pointers that a flag switches off still need a tensor; scale stands in.
+            scale if pre_scale is None else pre_scale.contiguous(),
             q,
             scale,
             scale if zero_point is None else zero_point,
             width,
             rows.stride(0),
+            HAS_PRE_SCALE=pre_scale is not None,
             ASYMMETRIC=asymmetric,
             BLOCK_K=block,
             num_warps=4 if block <= 2048 else 8,
