@@ -38,7 +38,8 @@ def quantized(dtype: str, granularity: str, symmetric: bool = True) -> dict[str,
     return {"quantize": {"weights": weights, "activations": activations, "exclude": ["lm_head"]}}
 
 
-TOKEN, TENSOR = quantized("int8", "token"), quantized("int8", "tensor", False)
+TOKEN, SHIFTED = quantized("int8", "token"), quantized("int8", "token", False)
+TENSOR = quantized("int8", "tensor", False)
 STATIC = {"granularity": "tensor", "symmetric": False}
 ROTATE = ["untie", {"fold-norm": {"centre": True}}, "rotate"]
 RECIPES: dict[str, list[Any]] = {
@@ -46,6 +47,12 @@ RECIPES: dict[str, list[Any]] = {
     "W8A8 per token, smoothquant 0.5": ["smoothquant", TOKEN],
     "W8A8 per token, smoothquant auto": [{"smoothquant": {"alpha": "auto"}}, TOKEN],
     "W8A8 per token, rotate": [*ROTATE, TOKEN],
+    "W8A8 per token, asymmetric": [SHIFTED],
+    "W8A8 per token, asymmetric, smoothquant 0.5": ["smoothquant", SHIFTED],
+    "W8A8 per token, asymmetric, smoothquant auto": [
+        {"smoothquant": {"alpha": "auto", "symmetric": False}},
+        SHIFTED,
+    ],
     "W8A8 static": [TENSOR],
     "W8A8 static, smoothquant 0.8": [{"smoothquant": {"alpha": 0.8}}, TENSOR],
     "W8A8 static, smoothquant auto": [{"smoothquant": {"alpha": "auto", **STATIC}}, TENSOR],

@@ -40,6 +40,28 @@ class Rounding:
         energies = [output.square().sum(1) for output in self.outputs]
         return [1 / (e + e.mean()).clamp(torch.finfo(e.dtype).tiny) for e in energies]
 
+    @cached_property
+    def row_energies(self) -> list[Tensor]:
+        """The squares of the rows, weighted by token, [d] for each linear."""
+        return [counts @ self.rows.square() for counts in self.token_weights]
+
+    @cached_property
+    def column_energies(self) -> list[Tensor]:
+        """The squares of the weights, summed over outputs, [d] each."""
+        return [weight.square().sum(0) for weight in self.weights]
+
+    @cached_property
+    def magnitudes(self) -> list[Tensor]:
+        """|W|, [out, d] each."""
+        return [weight.abs() for weight in self.weights]
+
+    @cached_property
+    def ends(self) -> list[Tensor]:
+        """What a range must reach over: |x| if it is symmetric, else x and -x; [n, d] or [1, d]."""
+        rows = self.granularity == "token"
+        low, high = (self.rows, self.rows) if rows else (self.low[None], self.high[None])
+        return [torch.maximum(-low, high)] if self.symmetric else [high, -low]
+
     @property
     def steps(self) -> int:
         """Steps between the two ends of a rounded range."""
@@ -64,26 +86,33 @@ def rounding_error(rounding: Rounding, scale: Tensor | None) -> float:
 def expected_error(rounding: Rounding, scale: Tensor) -> Tensor:
     """The error for one scale [d] if roundings were independent and uniform; differentiable."""
     total = torch.zeros((), dtype=scale.dtype)
-    activation_step = _activation_step(rounding, scale)
-    for weight, counts in zip(rounding.weights, rounding.token_weights, strict=True):
-        energy = counts @ rounding.rows.square() @ scale.pow(-2)
-        weight_step = (weight * scale).abs().amax(1) / _HIGH
-        columns = weight.square().sum(0) @ scale.square()
-        total = total + (counts * activation_step.square()).sum() * columns
-        total = total + energy * weight_step.square().sum()
+    activation_step = _activation_step(rounding, 1 / scale)
+    for magnitude, columns, rows, counts in zip(
+        rounding.magnitudes,
+        rounding.column_energies,
+        rounding.row_energies,
+        rounding.token_weights,
+        strict=True,
+    ):
+        weight_step = _reach(magnitude, scale) / _HIGH
+        of_activation = (counts * activation_step.square()).sum() * (columns @ scale.square())
+        of_weight = (rows @ scale.pow(-2)) * weight_step.square().sum()
+        total = total + of_activation + of_weight
     return total / 12
 
 
-def _activation_step(rounding: Rounding, scale: Tensor) -> Tensor:
+def _activation_step(rounding: Rounding, inverse: Tensor) -> Tensor:
     """The distance of two rounded values, for each token or (of size one) for all of them."""
-    if rounding.granularity == "token":
-        smooth = rounding.rows / scale
-        low, high = smooth.amin(1), smooth.amax(1)
-    else:
-        low, high = (rounding.low / scale).amin()[None], (rounding.high / scale).amax()[None]
-    if rounding.symmetric:
-        return torch.maximum(-low, high) * 2 / rounding.steps
-    return (high.clamp_min(0) - low.clamp_max(0)) / rounding.steps
+    reaches = [_reach(end, inverse).clamp_min(0) for end in rounding.ends]
+    span = 2 * reaches[0] if rounding.symmetric else reaches[0] + reaches[1]
+    return span / rounding.steps
+
+
+def _reach(values: Tensor, scale: Tensor) -> Tensor:
+    """The largest of values [n, d] times scale [d] in each row; a gradient reaches that one alone."""
+    with torch.no_grad():
+        places = (values * scale).argmax(1)
+    return values.gather(1, places[:, None])[:, 0] * scale[places]
 
 
 def _round_activation(rows: Tensor, rounding: Rounding, factor: Tensor) -> Tensor:
