@@ -16,6 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from fxopt.analysis.relations import FIXED, Kind, Labels, Reason, Relations
 
 _UNKNOWN = Reason("", "", "what one use multiplies, another would have to divide")
+_OUTSIDE = Reason("", "", "it is an input, or computed from what cannot change")
 _CHOICE = Reason("", "", "the other factor of a product takes the scale up")
 
 
@@ -38,6 +39,10 @@ class Classes:
     def free(self, labels: Labels) -> npt.NDArray[np.bool_]:
         """Which labels may change."""
         return self.reason[self.of[labels]] < 0
+
+    def why(self, label: int) -> Reason:
+        """Why a label may not change."""
+        return _OUTSIDE if label == FIXED else self.reasons[int(self.reason[self.of[label]])]
 
 
 def solve(relations: Relations) -> Classes:

@@ -62,7 +62,8 @@ class Reason:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.text} ({self.path or self.node})"
+        where = self.path or self.node
+        return f"{self.text} ({where})" if where else self.text
 
 
 @dataclass(frozen=True)

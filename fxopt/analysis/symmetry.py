@@ -47,6 +47,14 @@ class Symmetries:
                 return reason
         return None
 
+    def reason_of_value(self, node: Any) -> str | None:
+        """Why what a node computes may not change; None where nothing stands in the way."""
+        assert self.relations is not None  # noqa: S101 - symmetries() always keeps them
+        assert self.classes is not None  # noqa: S101
+        labels = self.relations.labels(node)
+        stuck = labels[~self.classes.free(labels)]
+        return str(self.classes.why(int(stuck[0]))) if stuck.size else None
+
     def __str__(self) -> str:
         head = f"{self.kind.value} by {self.unit.value}: {len(self.found)} symmetries"
         lines = [head, *(f"  {symmetry}" for symmetry in self.found)]

@@ -567,9 +567,19 @@ def attention(ends: str, mask: bool = False) -> Callable[[Bench], Sequence[Node]
     return build
 
 
+def _zeros(g: Bench) -> Sequence[Node]:
+    """A mask that has a place for each head and is the same for all."""
+    s, x = g.sizes, g.x()
+    q, k, v = (g.projected(role, x) for role in ("query", "key", "before"))
+    shape = [1, s.heads * s.group, s.length, s.length]
+    mask = g.call(aten.zeros.default, shape, dtype=torch.float64)
+    return [g.attended(q, k, v, mask)]
+
+
 _attention = fxopt.attention.default
 sample(_attention, "value", attention("v"), f"{CHANNELS} heads", f"{CHANNELS} heads")
 sample(_attention, "query-key", attention("q"), CHANNELS, ends=("query", "key"))
+sample(_attention, "zeros", _zeros, "heads", "heads")
 sample(_attention, "mask", attention("v", True), "heads", "heads centre", ends=("before", "mask"))
 
 
@@ -588,27 +598,40 @@ def _relative(g: Bench) -> Sequence[Node]:
 sample(_attention, "relative", _relative, "heads", "heads centre", ends=("before", "bias"))
 
 
-def rotary(interleaved: bool, partial: bool = False, rank: int = 4, per_head: bool = False) -> Any:
+def rotary(
+    interleaved: bool,
+    partial: bool = False,
+    rank: int = 4,
+    per_head: bool = False,
+    behind_tokens: bool = False,
+) -> Any:
+    """Queries and keys [B, H, S, D] turned by angles, or as [B, S, H, D] with `behind_tokens`."""
+
+    def turned(g: Bench, *tensors: Node) -> Node:
+        if not behind_tokens:
+            return g.call(fxopt.rope.default, *tensors, interleaved)
+        swapped = [g.call(aten.transpose.int, tensor, 1, 2) for tensor in tensors]
+        return g.call(aten.transpose.int, g.call(fxopt.rope.default, *swapped, interleaved), 1, 2)
+
     def build(g: Bench) -> Sequence[Node]:
         s, x = g.sizes, g.x()
         q, k, v = (g.projected(role, x) for role in ("query", "key", "before"))
         pairs = max(1, s.dim // 2 - int(partial))
         heads = s.heads if per_head else 1
         angle = torch.rand(s.batch, heads, s.length, pairs, generator=g.random, dtype=torch.double)
-        both = (angle, angle)
-        angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat(both, -1)
+        angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat((angle, angle), -1)
         angle = angle[0] if rank == 3 else angle[0, 0] if rank == 2 else angle
         cos, sin = g.given(angle.cos()), g.given(angle.sin())
         table = [cos, sin]
-        turned = []
+        both = []
         for value in (q, k):
             repeats = value.meta["val"].shape[1] // heads if per_head else 1
             own = [
                 g.call(aten.repeat_interleave.self_int, t, repeats, 1) if repeats > 1 else t
                 for t in table
             ]
-            turned.append(g.call(fxopt.rope.default, value, *own, interleaved))
-        return [g.attended(*turned, v)]
+            both.append(turned(g, value, *own))
+        return [g.attended(*both, v)]
 
     return build
 
@@ -642,10 +665,19 @@ sample(
     _rope,
     "per-head",
     rotary(False, per_head=True),
-    "scale permute",
+    "scale permute heads",
     "scale permute heads",
     ends=("query", "key"),
 )
+for _per_head in (False, True):
+    sample(
+        _rope,
+        "behind-tokens-per-head" if _per_head else "behind-tokens",
+        rotary(False, per_head=_per_head, behind_tokens=True),
+        "scale permute heads",
+        "scale permute heads",
+        ends=("query", "key"),
+    )
 
 
 # --- views --------------------------------------------------------------------------------------

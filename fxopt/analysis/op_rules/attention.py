@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from fxopt.analysis.op_rules.broadcast import FACTORS
+from fxopt.analysis.op_rules.broadcast import FACTORS, moving_axis, tracked
+from fxopt.analysis.op_rules.constants import same_along
 from fxopt.analysis.op_rules.registry import op_rule
 from fxopt.analysis.relations import FIXED, Entry, Kind, Labels, Relations, Unit, sizes
 
@@ -76,16 +77,17 @@ def _move_heads(relations: Relations, grids: list[Labels], mask: Any, sinks: Any
         relations.row(q.reshape(-1, group))
     for extra, axis in ((mask, 1), (sinks, 0)):
         if extra is not None:
-            _per_head(relations, relations.labels(extra), sizes(extra), axis, q)
+            _per_head(relations, extra, axis, q)
     relations.tag(q, "heads")
     return q[None, :, None, None]
 
 
-def _per_head(
-    relations: Relations, labels: Labels, shape: list[int | None], axis: int, q: Labels
-) -> None:
+def _per_head(relations: Relations, extra: Node, axis: int, q: Labels) -> None:
     """What is added to the scores moves with the heads, unless it is the same for all."""
-    if shape[axis] == 1:
+    labels = relations.labels(extra)
+    # Heads that are removed would have to be removed from it too, whatever its values.
+    moves = relations.kind is not Kind.SLICE
+    if sizes(extra)[axis] == 1 or (moves and same_along(relations.program, extra, axis)):
         return
     for other in range(labels.ndim):
         if other != axis:
@@ -102,9 +104,7 @@ def rope(relations: Relations, node: Node) -> Labels:
         relations.fix(relations.labels(table), "angles belong to positions")
     rotary = int(cos.meta["val"].shape[-1])  # type: ignore[union-attr]
     if labels.shape[-1] == 1 and relations.unit is not Unit.CHANNEL:
-        if any(_heads_of(table) != 1 for table in (cos, sin)):
-            relations.fix(labels, "its heads turn by angles of their own")
-        return labels
+        return _turn_heads(relations, node, labels)
     wide = np.broadcast_to(labels, [*labels.shape[:-1], sizes(x)[-1]])  # type: ignore[list-item]
     turned = wide[..., :rotary]
     if relations.kind in (Kind.ROTATE, Kind.CENTRE):
@@ -124,20 +124,40 @@ def rope(relations: Relations, node: Node) -> Labels:
     return wide
 
 
-def _heads_of(table: Any) -> int | None:
-    """How many heads a table [..., H, S, R] of angles tells apart."""
+def _turn_heads(relations: Relations, node: Node, labels: Labels) -> Labels:
+    """Whole heads pass; tables whose angles differ by head follow, by an index in front."""
+    moving = moving_axis(relations, labels)
+    if moving is None:
+        return labels
+    for axis in tracked(labels):
+        labels = labels if axis == moving else relations.collapse(labels, axis)
+    tables: Any = node.args[1:3]
+    for operand, table in enumerate(tables, 1):
+        length = _length(table, moving - labels.ndim)
+        if length == 1:
+            continue
+        if relations.kind is not Kind.PERMUTE or labels.ndim != 4 or length != labels.size:
+            relations.fix(labels, "its heads turn by angles of their own")
+        else:
+            held = labels.reshape(-1)
+            relations.entries.append(Entry("operand", node.name, (moving,), held, operand=operand))
+    return labels
+
+
+def _length(table: Any, from_end: int) -> int | None:
+    """The length of a table's axis, counted from its last; leading axes may be missing."""
     shape = sizes(table)
-    return shape[-3] if len(shape) > 2 else 1
+    return shape[from_end] if len(shape) >= -from_end else 1
 
 
 def _move_angles(relations: Relations, node: Node, turned: Labels) -> None:
-    """Cos and sin [B, 1, S, R] follow the pairs, by an index in front of this operator."""
+    """Cos and sin follow the pairs, in each head, by an index in front of this operator."""
+    heads = tracked(turned)[:-1]
     tables: Any = node.args[1:3]
-    per_head = turned.shape[1] > 1 if turned.ndim == 4 else False
     for operand, table in enumerate(tables, 1):
-        if turned.ndim != 4 or _heads_of(table) not in (1, turned.shape[1]):
+        lengths = [_length(table, axis - turned.ndim) in (1, turned.shape[axis]) for axis in heads]
+        if turned.ndim != 4 or heads not in ([], [1], [2]) or not all(lengths):
             relations.fix(turned, "its angles cannot be put in another order")
             return
-        axes = (1, 3) if per_head else (3,)
-        held = turned[0, :, 0, :].reshape(-1)
+        axes, held = (*heads, 3), turned.reshape(-1)
         relations.entries.append(Entry("operand", node.name, axes, held, operand=operand))

@@ -31,7 +31,7 @@ def _read(relations: Relations, x: Labels, weight: Any, axis: int, column: int) 
     if relations.kind is Kind.CENTRE:
         relations.fix(x, "its mean is read")
         read = relations.weight_axes(weight, (column,))
-        relations.fix(read, "its columns are multiplied by what it reads")
+        relations.fix(read, f"a linear reads {weight.target} by its columns; run untie first")
         return True
     given = shared(relations, x, axis)
     if given is None:

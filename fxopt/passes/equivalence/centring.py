@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from fxopt.analysis.relations import Kind
 from fxopt.analysis.symmetry import Symmetry, symmetries
-from fxopt.ir.program import Program, shape_of
+from fxopt.ir.program import Program, module_path, shape_of
 from fxopt.passes.equivalence.changes import Changes
 from fxopt.rewrite.builder import Builder
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 def centre(program: Program, changes: Changes, made_by: str) -> None:
-    """Centre every stream that only layer norms read."""
+    """Centre every stream that only layer norms read; say of each other layer norm why not."""
     found = symmetries(program, Kind.CENTRE)
     for symmetry in found:
         readers = _norms(program, symmetry)
@@ -30,6 +30,9 @@ def centre(program: Program, changes: Changes, made_by: str) -> None:
         changes.apply(symmetry, None, f"{len(readers)} layer norms become rms norms, writers centred")
         for node in readers:
             _replace(program, node, made_by)
+    for node in program.nodes(aten.layer_norm.default):
+        reason = found.reason_of_value(node.args[0]) or "one of the norms reads a part of the stream"
+        changes.refuse(module_path(node) or node.name, f"its mean has to stay: {reason}")
 
 
 def _norms(program: Program, symmetry: Symmetry) -> list[Node]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fxopt.analysis.relations import Kind
-from fxopt.analysis.symmetry import Symmetry, symmetries
+from fxopt.analysis.symmetry import Edit, Symmetry, symmetries
 from fxopt.analysis.transform import changed
 from fxopt.ir.program import Level, Program, Site
 from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
@@ -48,7 +48,8 @@ class FoldNorm(Pass):
             reason = _unfoldable(norm, symmetry)
             if reason is None and symmetry is not None:
                 _fold(program, norm, symmetry)
-                changes.sites.append(Site(norm.path, f"gain folded into {_readers(symmetry)}"))
+                readers = ", ".join(e.name for e in _from_gain(norm, symmetry) if e.inverse)
+                changes.sites.append(Site(norm.path, f"gain folded into {readers}"))
             else:
                 changes.refuse(norm.path, found.reason(norm.gain) or str(reason))
         if self.bias:
@@ -63,9 +64,10 @@ class FoldNorm(Pass):
 def _unfoldable(norm: Norm, symmetry: Symmetry | None) -> str | None:
     if symmetry is None:
         return "what reads it is not only linears with a stored weight"
-    gains = [edit for edit in symmetry.weights if edit.name == norm.gain]
-    others = [e for e in symmetry.weights if not e.inverse and e.name not in (norm.gain, norm.shift)]
-    readers = [edit for edit in symmetry.weights if edit.inverse]
+    edits = _from_gain(norm, symmetry)
+    gains = [edit for edit in edits if edit.name == norm.gain]
+    others = [e for e in edits if not e.inverse and e.name not in (norm.gain, norm.shift)]
+    readers = [edit for edit in edits if edit.inverse]
     if any(edit.axes[-1:] in ((), (0,)) for edit in readers):
         return f"no linear reads it: {', '.join(edit.name for edit in readers)} would take it up"
     if others or len(gains) != 1 or gains[0].positions.size != norm.value.numel():
@@ -78,18 +80,20 @@ def _unfoldable(norm: Norm, symmetry: Symmetry | None) -> str | None:
     return None
 
 
-def _fold(program: Program, norm: Norm, symmetry: Symmetry) -> None:
+def _from_gain(norm: Norm, symmetry: Symmetry) -> list[Edit]:
+    """The weights of the axis, with directions counted from the norm's gain."""
     gain = next(edit for edit in symmetry.weights if edit.name == norm.gain)
+    return [edit.turned() if gain.inverse else edit for edit in symmetry.weights]
+
+
+def _fold(program: Program, norm: Norm, symmetry: Symmetry) -> None:
+    edits = _from_gain(norm, symmetry)
+    gain = next(edit for edit in edits if edit.name == norm.gain)
     factor = norm.value[torch.from_numpy(gain.positions)][..., 0]
-    for edit in symmetry.weights:
+    for edit in edits:
         value = program.weight(edit.name)
         if edit is gain:
             new = torch.full_like(value, 1.0 - edit.offset)
         else:
             new = changed(value, edit.turned(), Kind.SCALE, factor)
         program.set_weight(edit.name, new)
-
-
-def _readers(symmetry: Symmetry) -> str:
-    return ", ".join(edit.name for edit in symmetry.weights if edit.inverse)
-

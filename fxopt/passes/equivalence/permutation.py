@@ -1,5 +1,6 @@
 """What all passes share that put the coordinates of hidden axes in another order."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -108,31 +109,34 @@ def reorder_graph(program: Program, edits: Iterable[Edit], order: Tensor, made_b
 
 
 def _reordered_table(build: Builder, table: Node, edit: Edit, order: Tensor) -> Node:
-    """cos or sin [B, 1 or H, S, R], its last axis in another order, perhaps in each head.
+    """cos or sin [B, 1 or H, S, R] with its heads, its last axis, or both in another order.
 
-    Leading axes of length one may be missing.
+    Heads may stand behind the tokens; leading axes of length one may be missing.
     """
     while len(table.meta["val"].shape) < 4:
         table = build.call(aten.unsqueeze.default, table, 0)
+    turned: Any = build.before.args[0]
     width = table.meta["val"].shape[3]
+    lengths = [*turned.meta["val"].shape[:3], width]
     positions = torch.from_numpy(edit.positions)
     moved = positions.gather(1, order[:, :, None].expand(positions.shape))
-    index = torch.arange(int(positions.max()) + 1)
+    index = torch.arange(math.prod(lengths[axis] for axis in edit.axes))
     index[positions.flatten()] = moved.flatten()
+    axis = edit.axes[0]
     if len(edit.axes) == 1:
-        return build.call(aten.index_select.default, table, 3, _stored(build, edit, index))
+        held = _stored(build, edit, index)
+        return build.call(aten.index_select.default, table, axis, held)
     index = index.reshape(-1, width) % width
-    if bool((index == index[:1]).all()) and table.meta["val"].shape[1] == 1:
+    if bool((index == index[:1]).all()) and table.meta["val"].shape[axis] == 1:
         return build.call(aten.index_select.default, table, 3, _stored(build, edit, index[0]))
-    heads = table.meta["val"].shape[1]
+    heads = table.meta["val"].shape[axis]
     chosen = torch.arange(len(index))[:, None] if heads > 1 else torch.zeros(len(index), 1).long()
-    by_token = build.call(aten.transpose.int, table, 1, 2)
-    picked = build.call(
-        aten.index.Tensor,
-        by_token,
-        [None, None, _stored(build, edit, chosen, "head"), _stored(build, edit, index)],
-    )
-    return build.call(aten.transpose.int, picked, 1, 2)
+    held = [None, None, _stored(build, edit, chosen, "head"), _stored(build, edit, index)]
+    if axis == 2:
+        return build.call(aten.index.Tensor, table, held)
+    by_token = build.call(aten.transpose.int, table, axis, 2)
+    picked = build.call(aten.index.Tensor, by_token, held)
+    return build.call(aten.transpose.int, picked, axis, 2)
 
 
 def _stored(build: Builder, edit: Edit, index: Tensor, what: str = "order") -> Node:

@@ -49,7 +49,9 @@ def test_a_gain_of_one_plus_w_becomes_zero():
 def test_the_norms_of_queries_and_keys_stay(model):
     after = run(canonical(model), FoldNorm())
     assert not any("q_norm" in path or "k_norm" in path for path in sites(after))
-    assert "self_attn.q_norm: no linear reads it" in refusals(after)
+    for own, other in (("q_norm", "k_norm"), ("k_norm", "q_norm")):
+        reason = f"no linear reads it: model.layers.0.self_attn.{other}.weight would take it up"
+        assert f"model.layers.0.self_attn.{own}: {reason}" in refusals(after)
 
 
 def test_a_norm_behind_the_block_is_read_by_the_residual():
@@ -82,6 +84,9 @@ def test_a_tied_table_cannot_be_centred():
     before = canonical("gpt2")
     after = run(before, FoldNorm(centre=True))
     assert len(after.nodes(aten.layer_norm.default)) == 5
+    why = "its mean has to stay: a linear reads transformer.wte.weight by its columns; run untie first"
+    for name in ("h.0.ln_1", "h.0.ln_2", "h.1.ln_1", "h.1.ln_2", "ln_f"):
+        assert f"transformer.{name}: {why}" in refusals(after)
     assert "transformer.wte.weight" not in changed(before, after)
     untied = run(before, Untie(), FoldNorm(centre=True))
     assert not untied.nodes(aten.layer_norm.default)

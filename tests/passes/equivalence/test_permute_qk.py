@@ -6,6 +6,8 @@ from fxopt.passes.equivalence.permute_heads import PermuteHeads
 from fxopt.passes.equivalence.permute_qk import PermuteQk
 from tests.passes.equivalence.harness import canonical, changed, refusals, run, sites
 
+GROUPED = ("llama", "phi3")
+
 
 @pytest.mark.parametrize(("model", "count"), [("bert", 2), ("gpt2", 2), ("t5", 6)])
 def test_without_rope_channels_move_freely(model, count):
@@ -41,7 +43,19 @@ def test_a_second_reordering_composes_with_the_first():
     assert len(sites(after)) == 2
 
 
-def test_heads_with_angles_of_their_own_stay():
-    after = run(canonical("llama"), PermuteQk(by="random"), PermuteHeads(by="random"))
-    assert sites(after) == []
-    assert "its heads turn by angles of their own" in refusals(after)
+@pytest.mark.parametrize("model", ["llama", "gptneox", "gptj", "phi3"])
+def test_heads_take_angles_of_their_own_along(model):
+    """After a reordering per head every head has a table, which moves with it."""
+    once = run(canonical(model), PermuteQk(by="random"), PermuteHeads(by="random"))
+    assert len(sites(once)) == (4 if model in GROUPED else 2)
+    assert "angles" not in refusals(once)
+    twice = run(once, PermuteQk(by="random", seed=1), PermuteHeads(by="random", seed=1))
+    assert len(sites(twice)) == len(sites(once))
+
+
+@pytest.mark.parametrize("model", ["gptj", "codegen"])
+def test_heads_may_stand_behind_the_tokens(model):
+    """Rotary embedding on [B, S, H, D]: pairs that turn, and channels that do not."""
+    after = run(canonical(model), PermuteQk(by="random"))
+    assert len(sites(after)) == 4
+    assert len(sites(run(canonical(model), PermuteHeads(by="random")))) == 2

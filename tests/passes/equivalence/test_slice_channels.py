@@ -193,12 +193,8 @@ def test_zero_channels_are_removed_exactly(name, axis, option):
 @given(choice=choices(), seed=st.integers(0, 1000), part=st.sampled_from(["hidden", "heads"]))
 def test_zero_channels_of_random_transformers_are_removed_exactly(choice, seed, part):
     model = build(choice, seed).double()
-    example = tuple(
-        t.double() if t.is_floating_point() else t for t in inputs(choice, seed, 2, 5)
-    )
-    program = Manager(Verifier((), mode="off")).run(
-        fxopt.capture(model, example), [Canonicalize()]
-    )
+    example = tuple(t.double() if t.is_floating_point() else t for t in inputs(choice, seed, 2, 5))
+    program = Manager(Verifier((), mode="off")).run(fxopt.capture(model, example), [Canonicalize()])
     axis = HIDDEN if part == "hidden" else HEADS
     done = assert_zeros_are_cut_exactly(program, axis, part)
     if part == "hidden":
