@@ -46,12 +46,16 @@ class _Promoted(_Watched):
 
 
 def promote(value: Any) -> Any:
-    """A floating tensor, or a floating dtype, in float64; anything else as it is."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.double()
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
-    return value
+    """A floating tensor or dtype in float64, a complex one in complex128, anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(_wide(value.dtype))
+    return _wide(value) if isinstance(value, torch.dtype) else value
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
 
 
 @torch.no_grad()

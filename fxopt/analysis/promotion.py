@@ -111,7 +111,5 @@ def promote_program(program: Program, memory_bytes: int) -> Float64Twin:
 
 
 def _promote_fake(value: Any, mode: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        with mode:
-            return value.double()
-    return value
+    with mode:
+        return promote(value)
