@@ -46,7 +46,7 @@ class _Promoted(_Watched):
 
 
 def promote(value: Any) -> Any:
-    """A floating tensor or dtype in float64, a complex one in complex128, anything else as it is."""
+    """A floating tensor or dtype in float64, a complex one in complex128, all else as it is."""
     if isinstance(value, Tensor):
         return value.to(_wide(value.dtype))
     return _wide(value) if isinstance(value, torch.dtype) else value

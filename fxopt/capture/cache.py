@@ -1,5 +1,6 @@
 """Key/value caches of decoders, as flat tensors at the edge of a graph."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from fxopt.errors import CaptureError
+from fxopt.ir.cache_names import CACHE_NAMES
 
 
 class CaptureLayer(DynamicLayer):
@@ -51,6 +53,17 @@ def cache_from_tensors(tensors: list[Tensor], encoder_decoder: bool) -> Cache:
     cross = DynamicCache()
     cross.layer_class_to_replicate = CaptureLayer
     return EncoderDecoderCache(cache, cross)
+
+
+def cache_parameter(parameters: Collection[str]) -> str | None:
+    """The parameter by which a model's forward takes a cache; None if it takes none."""
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def returned_cache(output: Any) -> Cache | None:
+    """The cache in a model's result."""
+    found = (getattr(output, name, None) for name in CACHE_NAMES)
+    return next((cache for cache in found if cache is not None), None)
 
 
 def tensors_from_cache(cache: Any) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fxopt.capture.cache import tensors_from_cache
+from fxopt.capture.cache import cache_parameter, returned_cache, tensors_from_cache
 from fxopt.capture.configs import configs_of, first_size
 from fxopt.capture.tensors import output_tensors, same_tensors, take_cyclic
 from fxopt.errors import CaptureError, InputError
@@ -59,6 +59,7 @@ class InputFactory:
         self.model = model
         self.parameters = list(inspect.signature(model.forward).parameters)
         self.takes_use_cache = "use_cache" in self.parameters
+        self.cache_parameter = cache_parameter(self.parameters)
         self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         self.names: list[str] = []
         self.given: dict[str, Tensor] = {}
@@ -217,7 +218,7 @@ class InputFactory:
 
     def _discover_use_cache(self) -> None:
         """Whether `use_cache` reaches the model although its forward does not name it."""
-        if self.takes_use_cache or "past_key_values" not in self.parameters:
+        if self.takes_use_cache or self.cache_parameter is None:
             return
         tensors = self.make(Sizes(2, 7)).tensors
         try:
@@ -225,7 +226,7 @@ class InputFactory:
                 output = self.model(**tensors, use_cache=False)
         except TypeError:
             return  # nobody takes it
-        self.takes_use_cache = getattr(output, "past_key_values", None) is None
+        self.takes_use_cache = returned_cache(output) is None
 
     def _try_given(self) -> None:
         shapes = ", ".join(f"{n} {list(t.shape)} {t.dtype}" for n, t in self.given.items())
@@ -314,13 +315,13 @@ class InputFactory:
 
     def discover_cache(self) -> str | None:
         """Find the shapes of the key/value cache; returns why there is none, or None."""
-        if "past_key_values" not in self.parameters or not self.takes_use_cache:
+        if self.cache_parameter is None or not self.takes_use_cache:
             return "the model's forward takes no cache"
         if not getattr(self.model.config.get_text_config(decoder=True), "use_cache", True):
             return "config.use_cache is False"
         with torch.no_grad():
             output = self.model(**self.make(Sizes(2, 7)).tensors, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        cache = returned_cache(output)
         if cache is None:
             return "the model returns no cache"
         try:

@@ -126,7 +126,7 @@ class _PretrainedCapture:
         cache: Cache | None = None
         if self.factory.past_shapes:
             cache = cache_from_tensors(past, self.factory.encoder_decoder)
-            kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
+            kwargs = {**kwargs, str(self.factory.cache_parameter): cache, "use_cache": True}
         elif self.factory.takes_use_cache:
             kwargs = {**kwargs, "use_cache": False}
         output = without_caches(function(**kwargs))

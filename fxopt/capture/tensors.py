@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxopt.ir.cache_names import CACHE_NAMES
+
 
 def output_tensors(value: Any) -> list[Tensor]:
     """Every tensor in a model's result, in order; caches are left out."""
@@ -14,7 +16,7 @@ def output_tensors(value: Any) -> list[Tensor]:
         return [
             tensor
             for key, item in value.items()
-            if key != "past_key_values"
+            if key not in CACHE_NAMES
             for tensor in output_tensors(item)
         ]
     if isinstance(value, list | tuple):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fxopt.errors import InputError
+from fxopt.ir.cache_names import CACHE_NAMES
 from fxopt.ir.signature import Signature, TensorSpec, default_tensor
 from fxopt.ir.structure import Structure, flatten, unflatten
 
@@ -100,7 +101,7 @@ def bind_keywords(
         if name in _UNAVAILABLE:
             if value is not False:
                 raise InputError(f"{name} is not available: {_UNAVAILABLE[name]}.")
-        elif name in known or name in ("past_key_values", "encoder_outputs"):
+        elif name in known or name in (*CACHE_NAMES, "encoder_outputs"):
             bound[name] = value
         elif value is not False:
             near = difflib.get_close_matches(name, known, 1)

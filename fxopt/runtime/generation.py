@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from fxopt.errors import InputError
+from fxopt.ir.cache_names import CACHE_NAME, CACHE_NAMES
 from fxopt.ir.program import Program
 from fxopt.ir.structure import unflatten
 from fxopt.runtime.calling import bind_keywords, fill_defaults
@@ -61,18 +62,19 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program on what the model would take.
 
-        A cache passed as `past_key_values` is filled in place and returned.
+        A cache passed as `cache` or `past_key_values` is filled in place and returned.
 
         Raises:
             InputError: the inputs do not fit the captured signature.
         """
         bound = bind_keywords(self.signature, args, kwargs)
-        cache: Cache | None = bound.pop("past_key_values", None)
+        given = [bound.pop(name) for name in CACHE_NAMES if name in bound]
+        cache: Cache | None = given[0] if given else None
         source: Any = bound.pop("encoder_outputs", None)
         wants_cache = kwargs.get("use_cache")
         if self.signature.cache is None:
             if cache is not None:
-                raise InputError("past_key_values was passed to a program captured without cache.")
+                raise InputError("a cache was passed to a program captured without cache.")
             outputs = self._run(bound, [], source)
         else:
             outputs, cache = self._run_with_cache(bound, cache, source)
@@ -80,7 +82,7 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
         if isinstance(result, dict):
             self._keep_last_logits(result, kwargs.get("logits_to_keep"))
         if cache is not None and wants_cache is not False and isinstance(result, ModelOutput):
-            result["past_key_values"] = cache
+            result[CACHE_NAME] = cache
         if kwargs.get("return_dict") is False and isinstance(result, ModelOutput):
             return result.to_tuple()
         return result
@@ -201,8 +203,8 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
             if self.signature.cache is None:
                 generation_config.use_cache = False
             return
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = new_cache(bool(self.signature.step_inputs))
+        if model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = new_cache(bool(self.signature.step_inputs))
 
     def _config_dict(self) -> dict[str, Any] | None:
         return self.config.to_dict()
@@ -230,7 +232,7 @@ def pretrained_class(name: str, program: Program) -> type[OptimizedPretrainedMod
     signature = program.signature
     accepted = [spec.name for spec in signature.inputs if not spec.name.startswith("past_")]
     accepted += [n for n in signature.ignored if n not in accepted]
-    accepted += ["past_key_values", "use_cache", "logits_to_keep", "return_dict"]
+    accepted += [CACHE_NAME, "use_cache", "logits_to_keep", "return_dict"]
     if signature.step_inputs:
         accepted.append("encoder_outputs")
 

@@ -61,7 +61,7 @@ def _layers(cache: Cache | None) -> list[Any]:
     own: Any = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if not isinstance(own, DynamicCache):
         raise InputError(
-            f"past_key_values is a {type(cache).__name__}; the program continues DynamicCache. Use "
+            f"the cache is a {type(cache).__name__}; the program continues DynamicCache. Use "
             "the default cache implementation."
         )
     return list(own.layers)
@@ -71,7 +71,7 @@ def _refuse_foreign(layer: Any, index: int) -> None:
     kept = layer.keys.shape[-2]
     if layer.get_seq_length() != kept:
         raise InputError(
-            f"layer {index} of past_key_values has dropped old tokens ({kept} of "
+            f"layer {index} of the cache has dropped old tokens ({kept} of "
             f"{layer.get_seq_length()} kept): it was made by the original model. Start from an "
             "empty cache."
         )

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache
 
 import fxopt
 from fxopt.errors import InputError
+from fxopt.ir.cache_names import CACHE_NAME, CACHE_NAMES
 from tests.models import optimize_zoo, zoo_model
 from tests.zoo import ZOO
 
@@ -24,18 +25,19 @@ def close(a, b) -> bool:
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
 @torch.no_grad()
-def test_prefill_and_decode_share_one_graph():
+def test_prefill_and_decode_share_one_graph(name):
     model, optimized = pair("llama")
     ids = torch.randint(3, 99, (2, 7))
     expected = model(input_ids=ids).logits
     whole = optimized(input_ids=ids)
     assert close(whole.logits, expected)
-    assert whole.past_key_values.get_seq_length() == 7
+    assert whole[CACHE_NAME].get_seq_length() == 7
     first = optimized(input_ids=ids[:, :4], use_cache=True)
-    cache_object = first.past_key_values
-    second = optimized(input_ids=ids[:, 4:], past_key_values=cache_object)
-    assert second.past_key_values is cache_object
+    cache_object = first[CACHE_NAME]
+    second = optimized(input_ids=ids[:, 4:], **{name: cache_object})
+    assert second[CACHE_NAME] is cache_object
     assert close(second.logits, expected[:, 4:])
 
 
@@ -55,7 +57,7 @@ def test_results_have_the_models_type_and_no_cache_unless_wanted():
     _, optimized = pair("llama")
     ids = torch.randint(3, 99, (1, 3))
     assert isinstance(optimized(ids), hf.modeling_outputs.CausalLMOutputWithPast)
-    assert optimized(ids, use_cache=False).past_key_values is None
+    assert CACHE_NAME not in optimized(ids, use_cache=False)
     assert optimized(ids, logits_to_keep=1).logits.shape == (1, 1, 99)
 
 
@@ -68,7 +70,7 @@ def test_results_have_the_models_type_and_no_cache_unless_wanted():
         ({"atention_mask": torch.ones(1, 3)}, "Did you mean 'attention_mask'"),
         ({"input_ids": torch.zeros(1, 3)}, "torch.float32; the program takes torch.int64"),
         ({"attention_mask": torch.ones(2, 3).long()}, "'attention_mask'"),
-        ({"past_key_values": hf.StaticCache(hf.LlamaConfig(), 8)}, "continues DynamicCache"),
+        ({CACHE_NAME: hf.StaticCache(hf.LlamaConfig(), 8)}, "continues DynamicCache"),
     ],
 )
 def test_bad_calls(kwargs, message):
@@ -110,9 +112,9 @@ def test_a_cache_of_the_original_with_dropped_tokens_is_refused():
     model, optimized = pair("mistral")
     ids = torch.randint(3, 99, (1, 9))
     with torch.no_grad():
-        theirs = model(ids, use_cache=True, past_key_values=DynamicCache(config=model.config))
+        theirs = model(ids, use_cache=True, **{CACHE_NAME: DynamicCache(config=model.config)})
     with pytest.raises(InputError, match="has dropped old tokens"):
-        optimized(ids[:, :1], past_key_values=theirs.past_key_values)
+        optimized(ids[:, :1], **{CACHE_NAME: theirs[CACHE_NAME]})
 
 
 def test_static_caches_are_refused_by_name():
