@@ -5,7 +5,8 @@ import tempfile
 import pytest
 import torch
 
-from fxopt.analysis.execution import run, run_float64
+import fxopt
+from fxopt.analysis.execution import promote, run, run_float64
 from fxopt.analysis.promotion import on_disk, promote_program
 from fxopt.errors import NotEquivalentError
 from fxopt.ir.program import iterate_weights
@@ -95,3 +96,22 @@ def test_models_of_any_size_are_held_to_the_same_number(monkeypatch, folder, mem
     with pytest.raises(NotEquivalentError, match="'nudged-fold'.* in float64 .*Guilty site: model"):
         manager.run(program, [NudgedFold()])
     assert list(folder.iterdir()) == []
+
+
+class Polar(torch.nn.Module):
+    """Channels turned by complex factors, as some rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factors", torch.polar(torch.ones(8), torch.linspace(0, 3, 8)))
+
+    def forward(self, x):
+        return torch.view_as_real(x.to(self.factors.dtype) * self.factors)
+
+
+def test_complex_numbers_are_as_wide_as_real_ones():
+    assert promote(torch.complex64) == torch.complex128
+    model, x = Polar(), torch.randn(3, 8)
+    (result,) = run_float64(fxopt.capture(model, (x,)), [x])
+    model.factors = model.factors.to(torch.complex128)
+    torch.testing.assert_close(result, model(x.double()), rtol=0, atol=1e-15)
