@@ -10,6 +10,7 @@ from torch.fx import Node
 from fxopt.analysis.execution import run
 from fxopt.errors import CalibrationError
 from fxopt.ir.program import Program, dtype_of
+from fxopt.ir.stored_codes import is_stored_weight
 
 aten = torch.ops.aten
 
@@ -118,11 +119,12 @@ def real_rows(value: Tensor, tokens: Tensor | None) -> Tensor:
 
 
 def linear_inputs(program: Program) -> list[Node]:
-    """The distinct activations that linears with a constant weight read."""
+    """The distinct activations that linears with a stored weight read."""
     found: dict[str, Node] = {}
     for node in program.nodes(aten.linear.default):
         source, weight = node.args[0], node.args[1]
         constant = isinstance(weight, Node) and weight.op == "get_attr"
-        if isinstance(source, Node) and constant and dtype_of(source) is not None:
+        stored = constant or is_stored_weight(weight)
+        if isinstance(source, Node) and stored and dtype_of(source) is not None:
             found[source.name] = source
     return list(found.values())

@@ -15,7 +15,10 @@ _ONLY_CAPTURED = {
     "aten::alpha_dropout": "dropout does nothing at inference",
     "aten::feature_dropout": "dropout does nothing at inference",
 }
-_ONLY_QUANTIZED = ("fxopt::quantize", "fxopt::dequantize", "fxopt::choose_qparams")
+_ONLY_QUANTIZED = (
+    *("fxopt::quantize", "fxopt::dequantize", "fxopt::choose_qparams"),
+    *("fxopt::pack", "fxopt::unpack", "fxopt::lookup"),
+)
 _NAMESPACES = (
     "aten",
     "fxopt",

@@ -6,6 +6,7 @@ from torch import Tensor
 from fxopt.errors import KernelError
 
 __all__ = [
+    "check_bias",
     "check_floating",
     "check_int8_weight",
     "check_pre_scale",
@@ -44,6 +45,11 @@ def check_int8_weight(weight: Tensor, scale: Tensor, bias: Tensor | None, k: int
         raise KernelError(
             f"weight_scale must be float32 with N = {n} elements, got {_describe(scale)}"
         )
+    check_bias(bias, n)
+
+
+def check_bias(bias: Tensor | None, n: int) -> None:
+    """Raise a KernelError unless bias is None or floating [n]."""
     if bias is None:
         return
     if bias.numel() != n:

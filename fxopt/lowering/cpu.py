@@ -8,6 +8,7 @@ from fxopt.lowering.elementwise import (
     GeluGate,
     SiluGate,
 )
+from fxopt.lowering.four_bit import FourBitLinear
 from fxopt.lowering.gated_mlp import GatedMlp
 from fxopt.lowering.pre_scale import DynamicPreScale, StaticPreScale
 from fxopt.lowering.quantized import (
@@ -24,6 +25,7 @@ INTEGER: tuple[LoweringRule, ...] = (
     DynamicLinear(),
     StaticLinear(),
     WeightOnlyLinear(),
+    FourBitLinear(),
     Int8Embedding(),
 )
 PROLOGUES: tuple[LoweringRule, ...] = (DynamicPreScale(), StaticPreScale())

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Program, module_path
 from fxopt.ir.runner import Runner
-from fxopt.lowering.quantized import float_weight
+from fxopt.ir.stored_codes import is_stored_weight, stored_values, stored_weights
 from fxopt.rewrite.driver import apply_rules, erase_dead
 from fxopt.rewrite.pattern import Match
 from fxopt.rewrite.rule import Rule
@@ -137,7 +137,7 @@ def extract(program: Program, match: Match) -> tuple[Program, list[Node]]:
     def visit(node: Node) -> None:
         if node in order or node in leaves:
             return
-        if node.op != "get_attr" and node not in match.interior:
+        if not (node.op == "get_attr" or node in match.interior or is_stored_weight(node)):
             leaves.append(node)
             return
         for source in node.all_input_nodes:
@@ -164,16 +164,14 @@ def extract(program: Program, match: Match) -> tuple[Program, list[Node]]:
 def as_it_came(mini: Program) -> Program:
     """The part before quantization: floating weights, activations not rounded."""
     plain = mini.clone()
+    for node in list(stored_weights(plain)):
+        name = f"{node.name}_float"
+        plain.set_weight(name, stored_values(plain, node))
+        with plain.graph.inserting_before(node):
+            read = plain.graph.get_attr(name)
+        node.replace_all_uses_with(read)
+        erase_dead([node])
     for node in list(plain.nodes(ops.dequantize.default)):
-        value = float_weight(plain, node)
-        if value is not None:
-            name = f"{node.name}_float"
-            plain.set_weight(name, value)
-            with plain.graph.inserting_before(node):
-                read = plain.graph.get_attr(name)
-            node.replace_all_uses_with(read)
-            erase_dead([node])
-            continue
         quantized = node.args[0]
         if isinstance(quantized, Node) and quantized.target is ops.quantize.default:
             node.replace_all_uses_with(quantized.args[0])  # type: ignore[arg-type]

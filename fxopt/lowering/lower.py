@@ -10,11 +10,11 @@ from torch.fx import Node
 from fxopt.errors import LoweringError
 from fxopt.ir.legality import check_program
 from fxopt.ir.program import Level, Program, Refusal, Site, has_effect
+from fxopt.ir.stored_codes import code_names, is_stored_weight, stored_values, stored_weights
 from fxopt.kernels import KERNELS, ensure_native
 from fxopt.lowering import cpu, cuda
 from fxopt.lowering.gate import SpeedGate, Timing
 from fxopt.lowering.merge import merge_siblings
-from fxopt.lowering.quantized import float_weight, is_stored_weight
 from fxopt.lowering.rule import LoweringRule
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.driver import apply_rules, erase_dead
@@ -177,13 +177,12 @@ class KeepFloating(LoweringRule):
     ) -> Any:
         q = op.call(ops.quantize, x, scale, zero, block, ...)
         back = op.call(ops.dequantize, q, scale, zero, block, ...)
-        weight = op.named("weight", op.call(ops.dequantize, ...))
-        return op.linear(back, weight, op.variable("bias"))
+        return op.linear(back, op.variable("weight", is_stored_weight), op.variable("bias"))
 
     def check(self, program: Program, match: Match) -> str | None:
         if self.only is not None and match.root.name not in self.only:
             return "it has a kernel"
-        return None if is_stored_weight(program, match.weight) else "no stored weight"
+        return None
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         return build.call(aten.linear.default, match.x, match.weight, match.bias)
@@ -194,12 +193,10 @@ def _drop_leftover_quantization(lowered: Lowered) -> None:
     sites, _ = apply_rules(program, [KeepFloating()], "lower")
     lowered.sites += sites
     lowered.kept_floating = {site.node for site in sites}
-    for node in list(program.nodes(ops.dequantize.default)):
-        value = float_weight(program, node)
-        if value is None:
-            continue
+    for node in list(stored_weights(program)):
         build = Builder(program, node, "lower")
-        read = build.weight(f"{node.args[0].target}_floating", value)  # type: ignore[union-attr]
+        name = f"{next(code_names(node))}_floating"
+        read = build.weight(name, stored_values(program, node))
         node.replace_all_uses_with(read)
         erase_dead([node])
 

@@ -15,19 +15,26 @@ aten = torch.ops.aten
 ops = torch.ops.fxopt
 
 
+_MERGED = (
+    ops.dynamic_linear_w8a8.default,
+    ops.linear_w8a16.default,
+    ops.linear_w4a16.default,
+)
+
+
 def merge_siblings(program: Program, original: Program) -> list[Site]:
-    """Merge `dynamic_linear_w8a8` and `linear_w8a16` nodes that share their input and its scale.
+    """Merge linears of one kernel that share their input and its scale.
 
     The rows of their weights are stored one after the other. The parts that `original`, the
     program before lowering, holds become views of them at once, so that nothing is held twice.
     """
     sites: list[Site] = []
-    for target in (ops.dynamic_linear_w8a8.default, ops.linear_w8a16.default):
+    for target in _MERGED:
         groups: dict[Any, list[Node]] = defaultdict(list)
         for node in program.nodes(target):
             x, parts, rest = _operands(node)
             if rest[0] == "none" and _mergeable(parts):
-                groups[x, tuple(part is None for part in parts), rest].append(node)
+                groups[x, tuple(_row_shape(part) for part in parts), rest].append(node)
         for nodes in groups.values():
             if len(nodes) > 1:
                 sites += _merge(program, original, target, nodes)
@@ -38,6 +45,11 @@ def _operands(node: Node) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     """What a linear reads, the parts of its weight, and from its activation on what must agree."""
     activation = next(i for i, arg in enumerate(node.args) if isinstance(arg, str))
     return node.args[0], node.args[1:activation], node.args[activation:]
+
+
+def _row_shape(part: Any) -> tuple[Any, ...] | None:
+    """What must agree for two parts to be stacked: all but the number of rows."""
+    return None if part is None else shape_of(part)[1:]
 
 
 def _mergeable(parts: Sequence[Any]) -> bool:

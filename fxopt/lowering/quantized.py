@@ -4,7 +4,6 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from fxopt.ir.program import Program, dtype_of, shape_of
@@ -195,7 +194,7 @@ class _FuseActivation(LoweringRule):
     kernel = "epilogue"
 
     def _linear(self, op: PatternOperators) -> Any:
-        kernels = (ops.dynamic_linear_w8a8, ops.linear_w8a8, ops.linear_w8a16)
+        kernels = (ops.dynamic_linear_w8a8, ops.linear_w8a8, ops.linear_w8a16, ops.linear_w4a16)
         return op.either(*(op.named("linear", op.call(kernel, ...)) for kernel in kernels))
 
     def check(self, program: Program, match: Match) -> str | None:
@@ -232,17 +231,3 @@ class FuseRelu(_FuseActivation):
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         return self._with(build, match, "relu")
-
-
-def is_stored_weight(program: Program, node: Node) -> bool:
-    """Whether a node dequantizes stored integers with a stored scale."""
-    return node.target is ops.dequantize.default and all(
-        program.constant(arg) is not None for arg in node.args[:2]
-    )
-
-
-def float_weight(program: Program, node: Node) -> Tensor | None:
-    """The dequantized values of a weight's `dequantize` node, or None."""
-    if not is_stored_weight(program, node):
-        return None
-    return ops.dequantize(*map(program.constant, node.args[:3]), *node.args[3:])

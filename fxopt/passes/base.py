@@ -2,13 +2,14 @@
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 from torch.fx import Node
 
+from fxopt.analysis.calibration import Sample
 from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site
 
@@ -39,7 +40,8 @@ class Calibration:
     """A statistic of activations that a pass needs gathered before it runs.
 
     Attributes:
-        statistic: "minimum", "maximum", "mean_abs" or "rows".
+        statistic: "minimum", "maximum", "mean_abs" or "rows"; "samples" is the data itself, for
+            a pass that watches the program while it rewrites it.
         rows: for "rows": how many tokens are kept of each activation.
     """
 
@@ -49,11 +51,12 @@ class Calibration:
 
 @dataclass
 class Context:
-    """What the manager gives a pass: statistics of calibration data, by node name."""
+    """What the manager gives a pass: statistics of calibration data by node name, or the data."""
 
     statistics: Mapping[str, Mapping[str, Tensor]] = field(
         default_factory=dict[str, Mapping[str, Tensor]]
     )
+    samples: Sequence[Sample] = ()
     progress: Callable[[str], None] = lambda _: None
 
 

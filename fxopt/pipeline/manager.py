@@ -74,8 +74,10 @@ class Manager:
         started = time.perf_counter()
         working = program.clone()
         versions = {name: value._version for name, value in program.weights().items()}
+        samples = self._samples(program, a_pass)
         context = Context(
-            statistics=self._statistics(program, a_pass),
+            statistics=self._statistics(program, a_pass, samples),
+            samples=samples,
             progress=lambda detail: self.progress(a_pass.name, detail),
         )
         result = self._run_guarded(a_pass, working, context)
@@ -154,9 +156,10 @@ class Manager:
                 stacklevel=4,
             )
 
-    def _statistics(self, program: Program, a_pass: Pass) -> Mapping[str, Mapping[str, Tensor]]:
+    def _samples(self, program: Program, a_pass: Pass) -> Sequence[Sample]:
+        """The calibration batches that a pass asks for, with caches that the program takes."""
         if not a_pass.needs():
-            return {}
+            return ()
         samples = self.samples()
         if not samples:
             raise CalibrationError(
@@ -164,12 +167,21 @@ class Manager:
                 "calibration=[...]: inputs like those of the model, or texts where there is a "
                 "tokenizer."
             )
+        return [Sample(fitted(program, sample.inputs), sample.tokens) for sample in samples]
+
+    def _statistics(
+        self, program: Program, a_pass: Pass, samples: Sequence[Sample]
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        """What one pass over the data finds; nothing for a pass that watches it by itself."""
+        needs = [need for need in a_pass.needs() if need.statistic != "samples"]
+        if not needs:
+            return {}
         return collect(
             program,
             a_pass.observed(program),
-            [Sample(fitted(program, sample.inputs), sample.tokens) for sample in samples],
+            samples,
             lambda count: self.progress(a_pass.name, f"calibration batch {count}/{len(samples)}"),
-            rows=max(need.rows for need in a_pass.needs()),
+            rows=max(need.rows for need in needs),
         )
 
 

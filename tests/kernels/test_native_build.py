@@ -100,11 +100,14 @@ for m in (1, 3, 40):
         assert torch.equal(torch.ops.fxopt.linear_w8a8(*args), (q.long() @ w.long().T).double())
         x = torch.randn(m, k)
         scale = torch.rand(n) / 73 / k**0.5
+        codes = torch.randint(0, 256, (n, (k + 1) // 2), dtype=torch.uint8)
         for name, args in (
             ("dynamic_linear_w8a8", (x, w, scale, None, None, "gelu")),
             ("dynamic_linear_w8a8", (x, w, scale, w.sum(1, dtype=torch.int32), None, "gelu")),
             ("dynamic_linear_w8a8", (x, w, scale, None, None, "gelu", torch.rand(k) + 0.5)),
             ("linear_w8a16", (x, w, scale, None, "gelu")),
+            ("linear_w4a16", (x, codes, scale[:, None], None, None, "gelu", torch.randn(16),
+                              None, None, None)),
         ):
             kernel = kernels.KERNELS[name]
             torch.testing.assert_close(

@@ -24,6 +24,12 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
         torch.bfloat16: 2 * ULP[torch.bfloat16],
         torch.float16: ULP[torch.float16],
     },
+    # As above; many rows of bfloat16 meet a weight that is rounded to bfloat16.
+    "linear_w4a16": {
+        torch.float32: 2e-5,
+        torch.bfloat16: 4 * ULP[torch.bfloat16],
+        torch.float16: ULP[torch.float16],
+    },
     "fused_rms_norm": {**ULP, torch.float32: 2e-6},
     "add_layer_norm": {**ULP, torch.float32: 5e-6},
     "apply_rope": {**ULP, torch.float32: 1e-6},

@@ -20,7 +20,8 @@ def test_quantized_presets_say_what_their_name_says(name, granularity):
     quantize = presets()[name].build()[1]
     options = quantize.options()
     assert options["weights"]["dtype"] == "int8"
-    assert options["embeddings"] == {"dtype": "int8", "granularity": "channel"}
+    embeddings = {"dtype": "int8", "granularity": "channel", "group_size": None}
+    assert options["embeddings"] == embeddings
     if granularity is None:
         assert options["activations"] is None
     else:

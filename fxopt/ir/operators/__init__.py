@@ -8,6 +8,7 @@ that only lowering writes live in `fxopt.kernels`.
 from fxopt.ir.operators.attention import attention_mask, attention_reference, merge_masks
 from fxopt.ir.operators.hadamard import hadamard_reference
 from fxopt.ir.operators.moe import ACTIVATIONS, activate
+from fxopt.ir.operators.packing import packed_length
 from fxopt.ir.operators.quantization import block_counts
 from fxopt.ir.operators.rope import rope_reference
 
@@ -19,5 +20,6 @@ __all__ = [
     "block_counts",
     "hadamard_reference",
     "merge_masks",
+    "packed_length",
     "rope_reference",
 ]

@@ -1,7 +1,8 @@
 """fxopt::choose_qparams, quantize and dequantize on blocks of any shape.
 
 A block is the part of a tensor that shares one scale. Block shapes cover every granularity:
-the whole tensor (-1, -1), one channel (1, -1), a group (1, g), one token (1, ..., 1, -1).
+the whole tensor (-1, -1), one channel (1, -1), a group (1, g), one token (1, ..., 1, -1). A
+floating dtype (fp8) is cast to, which rounds to its own nearest number.
 """
 
 from typing import Any
@@ -18,7 +19,8 @@ def block_counts(shape: Any, block: Any) -> list[Any]:
     return [1 if size == -1 else length // size for length, size in zip(shape, block, strict=True)]
 
 
-def _check_blocks(x: Tensor, block: Any) -> None:
+def check_blocks(x: Tensor, block: Any) -> None:
+    """Refuse a block that has another number of axes, or does not divide the tensor."""
     if len(block) != x.dim():
         raise KernelError(
             f"block {list(block)} has {len(block)} axes, the tensor {list(x.shape)} has {x.dim()}."
@@ -48,7 +50,7 @@ def _spread(parameter: Tensor, x: Tensor, block: Any) -> Tensor:
 def _choose_qparams(
     x: Tensor, block: Any, symmetric: bool, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor]:
-    _check_blocks(x, block)
+    check_blocks(x, block)
     compute = torch.promote_types(x.dtype, torch.float32)
     if x.numel() == 0:
         counts = block_counts(x.shape, block)
@@ -93,9 +95,11 @@ def _quantize(
     quant_min: int,
     quant_max: int,
 ) -> Tensor:
-    _check_blocks(x, block)
+    check_blocks(x, block)
     blocked, _ = _blocked(x.to(scale.dtype), block)
-    q = torch.round(blocked / _spread(scale, x, block))
+    q = blocked / _spread(scale, x, block)
+    if not dtype.is_floating_point:
+        q = torch.round(q)
     if zero_point is not None:
         q = q + _spread(zero_point, x, block)
     return q.clamp(quant_min, quant_max).to(dtype).reshape(x.shape)

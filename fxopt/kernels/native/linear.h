@@ -182,6 +182,12 @@ inline Matrix as_matrix(const at::Tensor& x) {
   return {copy, copy.const_data_ptr(), m, k, k};
 }
 
+inline void check_bias(const std::optional<at::Tensor>& bias, int64_t n) {
+  if (!bias.has_value()) return;
+  FXOPT_CHECK(bias->numel() == n, "bias must have N = ", n, " elements, got ", bias->sizes());
+  check_floating(bias->scalar_type(), "bias");
+}
+
 inline void check_weight(const at::Tensor& weight, const at::Tensor& scale,
                          const std::optional<at::Tensor>& bias, int64_t k) {
   FXOPT_CHECK(weight.scalar_type() == at::kChar && weight.dim() == 2,
@@ -191,10 +197,7 @@ inline void check_weight(const at::Tensor& weight, const at::Tensor& scale,
   FXOPT_CHECK(scale.scalar_type() == at::kFloat && scale.numel() == weight.size(0),
               "weight_scale must be float32 with N = ", weight.size(0), " elements, got ",
               c10::toString(scale.scalar_type()), " ", scale.sizes());
-  if (!bias.has_value()) return;
-  FXOPT_CHECK(bias->numel() == weight.size(0), "bias must have N = ", weight.size(0),
-              " elements, got ", bias->sizes());
-  check_floating(bias->scalar_type(), "bias");
+  check_bias(bias, weight.size(0));
 }
 
 inline void check_weight_sum(const std::optional<at::Tensor>& sum, const at::Tensor& weight) {

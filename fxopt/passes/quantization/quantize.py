@@ -3,72 +3,42 @@
     q = clamp(round(x / s) + z, q_min, q_max),    x ~ s (q - z)
     y = linear(dequantize(quantize(x)), dequantize(w_q)) + b
 
-Shapes: linear weight [out, in], one scale per tensor, out-channel [out, 1] or group of g inputs
-    [out, in/g]; activation [..., in], one scale per token [..., 1] or per tensor; embedding
-    table [rows, d], one scale per row.
+Shapes: linear weight [out, in], one scale per tensor, out-channel [out, 1], group of g inputs
+    [out, in / g] or block of outputs and inputs; activation [..., in], one scale per token
+    [..., 1] or per tensor; embedding table [rows, d], one scale per row or group of a row. Codes
+    of less than 8 bits are packed. Without `weights`, activations of linears alone are rounded.
 Exactness: approximate; half a step of each scale per element.
 Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale,
     NeurIPS 2022, arXiv:2208.07339 (vector-wise scales); Nagel et al., A White Paper on Neural
     Network Quantization, 2021, arXiv:2106.08295 (ranges, static activations).
 """
 
-import fnmatch
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from fxopt.analysis.calibration import linear_inputs
-from fxopt.errors import RecipeError
-from fxopt.ir.program import Level, Program, Refusal, Site, dtype_of, module_path
+from fxopt.errors import CalibrationError, RecipeError
+from fxopt.ir.program import Level, Program, Refusal, Site, module_path
+from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
-from fxopt.passes.quantization.sites import (
-    QuantizedWeight,
-    quantize_activation,
+from fxopt.passes.quantization.activations import quantize_activation
+from fxopt.passes.quantization.options import ActivationOptions, EmbeddingOptions, WeightOptions
+from fxopt.passes.quantization.sites import kind_of, not_selected, other_weights, unquantizable
+from fxopt.passes.quantization.weights import (
+    StoredWeight,
     quantize_weight,
-    unquantizable,
-    weight_paths,
+    weight_index,
+    weight_node,
 )
 from fxopt.rewrite.builder import Builder
 
-aten = torch.ops.aten
 
-
-@dataclass(frozen=True)
-class WeightOptions:
-    """How weights of linears are stored."""
-
-    dtype: Literal["int8", "int4"] = "int8"
-    granularity: Literal["tensor", "channel", "group"] = "channel"
-    group_size: int | None = None
-    symmetric: bool = True
-
-    def __post_init__(self) -> None:
-        if self.granularity == "group" and (self.group_size is None or self.group_size < 1):
-            raise RecipeError("granularity 'group' needs group_size, a positive number.")
-        if self.granularity != "group" and self.group_size is not None:
-            raise RecipeError(
-                f"group_size {self.group_size} has no meaning at granularity "
-                f"{self.granularity!r}; set granularity to 'group' or leave group_size out."
-            )
-
-
-@dataclass(frozen=True)
-class ActivationOptions:
-    """How inputs of linears are rounded: "token" at run time, "tensor" from calibration."""
-
-    dtype: Literal["int8", "int4"] = "int8"
-    granularity: Literal["token", "tensor"] = "token"
-    symmetric: bool = True
-
-
-@dataclass(frozen=True)
-class EmbeddingOptions:
-    """How embedding tables are stored: one scale per row, or one for the table."""
-
-    dtype: Literal["int8"] = "int8"
-    granularity: Literal["tensor", "channel"] = "channel"
+# Tokens by which `range: output` judges.
+ROWS = 512
 
 
 @register("quantize")
@@ -76,7 +46,7 @@ class EmbeddingOptions:
 class Quantize(Pass):
     """Store weights as integers and round activations, by the granularity the recipe asks for."""
 
-    weights: WeightOptions = field(default_factory=WeightOptions)
+    weights: WeightOptions | None = field(default_factory=WeightOptions)
     activations: ActivationOptions | None = None
     embeddings: EmbeddingOptions | None = None
     include: tuple[str, ...] = ("*",)
@@ -87,10 +57,18 @@ class Quantize(Pass):
     output_level = Level.QUANTIZED
     after = ("canonicalize",)
 
+    def __post_init__(self) -> None:
+        if self.weights is None and self.activations is None and self.embeddings is None:
+            raise RecipeError("quantize has nothing to do: weights, activations and embeddings are null.")
+
     def needs(self) -> tuple[Calibration, ...]:
-        """Static activations need the range of every linear's input."""
+        """Static activations need the range of every linear's input, `range: output` some rows."""
         static = self.activations is not None and self.activations.granularity == "tensor"
-        return (Calibration("minimum"), Calibration("maximum")) if static else ()
+        ranges = (Calibration("minimum"), Calibration("maximum")) if static else ()
+        return (*ranges, Calibration("rows", ROWS)) if self._judges_output() else ranges
+
+    def _judges_output(self) -> bool:
+        return self.weights is not None and self.weights.range == "output"
 
     def observed(self, program: Program) -> list[Node]:
         """The activations whose ranges `run` reads."""
@@ -100,74 +78,73 @@ class Quantize(Pass):
         """Quantize every site the patterns select."""
         sites: list[Site] = []
         refusals: list[Refusal] = []
-        done: dict[tuple[Any, ...], QuantizedWeight] = {}
+        done: dict[tuple[Any, ...], StoredWeight] = {}
         for node in program.nodes():
-            kind = self._kind(node)
-            path = module_path(node)
-            if kind is None:
+            kind = kind_of(node)
+            if kind is None or (kind == "embedding" and self.embeddings is None):
                 continue
-            reason = self._selected(node, path) or unquantizable(program, node, self.weights, kind)
+            path = module_path(node)
+            reason = not_selected(node, self.include, self.exclude) or self._impossible(
+                program, node
+            )
             if reason is not None:
                 refusals.append(Refusal(path or node.name, reason))
                 continue
             context.progress(path)
-            detail = self._rewrite(program, node, kind, context, done)
-            sites.append(Site(path, detail, node.name))
-        refusals += _other_weights(program)
-        return PassResult(tuple(sites), tuple(refusals))
+            build = Builder(program, node, self.name)
+            details = [
+                *self._weight(program, build, node, done, context),
+                *self._activation(build, node, context),
+            ]
+            sites.append(Site(path, ", ".join(details), node.name))
+        return PassResult(tuple(sites), tuple(refusals + other_weights(program)))
 
-    def _kind(self, node: Node) -> Literal["linear", "embedding"] | None:
-        if node.target is aten.linear.default:
-            return "linear"
-        is_table = node.target is aten.embedding.default and self.embeddings is not None
-        return "embedding" if is_table else None
+    def _weight_options(self, node: Node) -> WeightOptions | None:
+        if kind_of(node) == "linear":
+            return self.weights
+        return None if self.embeddings is None else self.embeddings.as_weight()
 
-    def _selected(self, node: Node, path: str) -> str | None:
-        names = [path, *weight_paths(node)]
-        if not any(fnmatch.fnmatchcase(n, p) for n in names for p in self.include):
-            return f"not selected by include {list(self.include)}"
-        excluded = [p for p in self.exclude if any(fnmatch.fnmatchcase(n, p) for n in names)]
-        return f"excluded by {excluded[0]!r}" if excluded else None
+    def _impossible(self, program: Program, node: Node) -> str | None:
+        options = self._weight_options(node)
+        if options is not None:
+            return unquantizable(program, node, options)
+        if not is_stored_weight(node.args[1]) and weight_node(node, 1) is None:
+            return "the weight is computed in the graph, not stored"
+        source: Any = node.args[0]
+        rounded = isinstance(source, Node) and source.target is torch.ops.fxopt.dequantize.default
+        return "its input is already rounded" if rounded else None
 
-    def _rewrite(
+    def _weight(
         self,
         program: Program,
+        build: Builder,
         node: Node,
-        kind: Literal["linear", "embedding"],
+        done: dict[tuple[Any, ...], StoredWeight],
         context: Context,
-        done: dict[tuple[Any, ...], QuantizedWeight],
-    ) -> str:
-        build = Builder(program, node, self.name)
-        if kind == "embedding":
-            assert self.embeddings is not None  # noqa: S101 - _kind saw it
-            options = WeightOptions(self.embeddings.dtype, self.embeddings.granularity)
-            weight = quantize_weight(program, build, node, 0, options, done)
-            node.update_arg(0, weight)
-            return f"{options.dtype} table per {_unit(options.granularity, 'row')}"
-        weight = quantize_weight(program, build, node, 1, self.weights, done)
-        node.update_arg(1, weight)
-        detail = f"{self.weights.dtype} weight per {_unit(self.weights.granularity, 'channel')}"
-        if self.activations is not None:
-            node.update_arg(0, quantize_activation(build, node, self.activations, context))
-            detail += f", {self.activations.dtype} activation per {self.activations.granularity}"
-        return detail
+    ) -> list[str]:
+        options = self._weight_options(node)
+        if options is None:
+            return []
+        rows = self._rows(node, context)
+        weight = quantize_weight(program, build, node, options, done, rows)
+        node.update_arg(weight_index(node), weight)
+        kind = kind_of(node)
+        described = options.describe("channel" if kind == "linear" else "row")
+        return [described if kind == "linear" else described.replace(" weight ", " table ")]
 
+    def _rows(self, node: Node, context: Context) -> Tensor | None:
+        if kind_of(node) != "linear" or not self._judges_output():
+            return None
+        source: Any = node.args[0]
+        if source.name not in context.statistics["rows"]:
+            raise CalibrationError(
+                f"the input of {module_path(node) or node.name} was never reached by the "
+                "calibration data. Pass calibration data that uses this part of the model."
+            )
+        return context.statistics["rows"][source.name]
 
-def _unit(granularity: str, channel: str) -> str:
-    return channel if granularity == "channel" else granularity
-
-
-def _other_weights(program: Program) -> list[Refusal]:
-    """Large weights that this pass has no rule for, so that the report shows what stayed."""
-    refusals: list[Refusal] = []
-    for node in program.graph.nodes:
-        dtype = dtype_of(node)
-        if node.op != "get_attr" or not node.users or dtype is None or not dtype.is_floating_point:
-            continue
-        value = program.weight(str(node.target))
-        users = {str(user.target) for user in node.users}
-        plain = {"aten.linear.default", "aten.embedding.default", "fxopt.dequantize.default"}
-        if value.dim() >= 2 and value.numel() >= 4096 and not users & plain:
-            reason = f"a weight of shape {list(value.shape)} read by {', '.join(sorted(users))}"
-            refusals.append(Refusal(str(node.target), reason + " has no quantized form yet"))
-    return refusals
+    def _activation(self, build: Builder, node: Node, context: Context) -> list[str]:
+        if self.activations is None or kind_of(node) != "linear":
+            return []
+        node.update_arg(0, quantize_activation(build, node, self.activations, context))
+        return [f"{self.activations.dtype} activation per {self.activations.granularity}"]

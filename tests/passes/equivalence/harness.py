@@ -43,10 +43,14 @@ def plain(module: nn.Module, *inputs: Tensor) -> Program:
     return Manager(Verifier((), mode="off")).run(program, [Canonicalize()])
 
 
+def calibration_of(program: Program) -> Sequence[Sample]:
+    """What `run` calibrates with."""
+    return [Sample(values) for values in program.examples[:2]]
+
+
 def run(program: Program, *passes: Pass) -> Program:
     """The program after some passes, each judged in float64 to 1e-9."""
-    examples = program.examples[:2]
-    samples: Sequence[Sample] = [Sample(values) for values in examples]
+    examples, samples = program.examples[:2], calibration_of(program)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         after = Manager(Verifier(examples), samples=lambda: samples).run(program, passes)

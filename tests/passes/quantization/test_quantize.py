@@ -16,12 +16,12 @@ from fxopt.capture import capture_program
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, module_path
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
-from fxopt.passes.quantization.quantize import (
+from fxopt.passes.quantization.options import (
     ActivationOptions,
     EmbeddingOptions,
-    Quantize,
     WeightOptions,
 )
+from fxopt.passes.quantization.quantize import Quantize
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.recipe import Recipe
 from fxopt.pipeline.verify import Verifier
@@ -315,7 +315,7 @@ def test_weights_are_stored_by_granularity(granularity, group, columns, block, s
         centred = q.float().reshape(groups.shape)
         if zero is not None:
             assert zero.shape == scale.shape
-            assert zero.dtype == torch.int32
+            assert zero.dtype == torch.int8
             centred = centred - zero.reshape(-1, 1)
         assert q.min() >= (-127 if symmetric else -128)
         error = (centred * step[:, None] - groups).abs()
@@ -648,7 +648,13 @@ def test_finer_granularity_and_more_bits_of_range_cost_less():
         ({"weights": {"symmetric": "yes"}}, "symmetric"),
         ({"activations": {"granularity": "channel"}}, "'token'"),
         ({"activations": {"tokens": 1}}, "unknown key"),
-        ({"embeddings": {"granularity": "group"}}, "'channel'"),
+        ({"embeddings": {"granularity": "rows"}}, "'channel'"),
+        ({"embeddings": {"granularity": "group"}}, "needs group_size"),
+        ({"weights": {"granularity": "block", "block_size": [4, 0]}}, "needs block_size"),
+        ({"weights": {"block_size": [4, 4]}}, "no meaning at granularity 'channel'"),
+        ({"weights": {"dtype": "nf4", "symmetric": False}}, "nf4 has no zero point"),
+        ({"activations": {"dtype": "fp8_e4m3", "symmetric": False}}, "has no zero point"),
+        ({"weights": None}, "nothing to do"),
         ({"include": "lm_head"}, "include"),
         ({"exclude": [1]}, "exclude"),
     ],

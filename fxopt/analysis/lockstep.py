@@ -1,0 +1,119 @@
+"""Run a program once over many batches side by side, node by node, while it is being rewritten.
+
+At each node the inputs of all batches are at hand, computed by what stands before it. A pass that
+rewrites the node then sees the effect of its earlier rewrites in everything that follows
+("true sequential"), and the model runs over the data once, whatever the number of sites.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from fxopt.analysis.calibration import Sample, real_rows
+from fxopt.errors import CalibrationError
+from fxopt.ir.program import Program
+
+
+class Lockstep:
+    """The values of all batches that nodes further on still read."""
+
+    def __init__(self, program: Program, samples: Sequence[Sample]) -> None:
+        self.program = program
+        self.samples = samples
+        self.values: list[dict[Node, Any]] = [{} for _ in samples]
+        self.constant: dict[Node, Any] = {}  # what depends on weights alone, until its last use
+
+    @torch.no_grad()
+    def run(self, visit: Callable[[Node], None]) -> None:
+        """Call `visit` before each call of the program, then compute it.
+
+        Nodes that `visit` puts in front of the one it is given are computed as they are needed.
+        """
+        order = list(self.program.graph.nodes)
+        last = _last_uses(order)
+        self._start(order)
+        for node in order:
+            if node.op == "call_function":
+                visit(node)
+                self.compute(node)
+                self._forget(last.get(node, ()))
+
+    def rows(self, node: Node) -> list[Tensor]:
+        """A node's value in each batch, over real tokens, as rows [n, channels].
+
+        Raises:
+            CalibrationError: a value is not finite.
+        """
+        found = [
+            real_rows(values[node], sample.tokens)
+            for values, sample in zip(self.values, self.samples, strict=True)
+        ]
+        if not all(bool(torch.isfinite(rows).all()) for rows in found):
+            raise CalibrationError(
+                f"calibration data drives {node.name!r} to NaN or infinity. Check the data and "
+                "the model's dtype."
+            )
+        return found
+
+    def _start(self, order: Sequence[Node]) -> None:
+        inputs = [node for node in order if node.op == "placeholder"]
+        for values, sample in zip(self.values, self.samples, strict=True):
+            values.update(zip(inputs, sample.inputs, strict=True))
+
+    def compute(self, node: Node) -> None:
+        """Compute a node as it is now, unless that was done already."""
+        if node in self.constant or node in self.values[0]:
+            return
+        made: dict[Node, Any] = {}  # what was put in front of this node, from weights alone
+        if self._from_weights(node):
+            self.constant[node] = self._call(node, {}, made)
+            return
+        for values in self.values:
+            values[node] = self._call(node, values, made)
+
+    def _call(self, node: Node, values: dict[Node, Any], made: dict[Node, Any]) -> Any:
+        def load(source: Node) -> Any:
+            for known in (values, self.constant, made):
+                if source in known:
+                    return known[source]
+            if source.op == "get_attr":
+                return self.program.weight(str(source.target))
+            found = self._call(source, values, made)
+            if self._from_weights(source):
+                made[source] = found
+            return found
+
+        args: Any = map_arg(node.args, load)
+        kwargs: Any = map_arg(node.kwargs, load)
+        target: Any = node.target
+        return target(*args, **kwargs)
+
+    def _from_weights(self, node: Node) -> bool:
+        if node.op != "call_function":
+            return node.op == "get_attr"
+        sources = node.all_input_nodes
+        return bool(sources) and all(
+            source in self.constant or (source not in self.values[0] and self._from_weights(source))
+            for source in sources
+        )
+
+    def _forget(self, done: Sequence[Node]) -> None:
+        for known in (*self.values, self.constant):
+            for node in done:
+                known.pop(node, None)
+
+
+def _last_uses(order: Sequence[Node]) -> dict[Node, list[Node]]:
+    """For each node, the values that nothing after it reads."""
+    last: dict[Node, Node] = {}
+    for node in order:
+        for source in node.all_input_nodes:
+            last[source] = node
+    found: dict[Node, list[Node]] = {}
+    for source, node in last.items():
+        found.setdefault(node, []).append(source)
+    return found

@@ -1,0 +1,148 @@
+"""GPTQ: round weights so that the outputs of linears, not the weights, stay close.
+
+    minimize || X W^T - X Q^T ||^2 over Q on the grid, column by column (see compensation)
+
+Shapes: X [tokens, in] of the calibration data; W and Q [out, in].
+Exactness: approximate; on the calibration data no output errs more than with its row rounded to
+    nearest. X is what the already rounded linears before it give (`true_sequential`), or what the
+    original model gives. The model runs over the data once, node by node, and holds one Hessian.
+Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+    Transformers, ICLR 2023, arXiv:2210.17323.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.analysis.lockstep import Lockstep
+from fxopt.errors import CalibrationError, RecipeError
+from fxopt.ir.program import Level, Program, Refusal, Site, module_path
+from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
+from fxopt.passes.quantization.compensation import Hessian, compensated, hessian
+from fxopt.passes.quantization.grid import encode_by_rows
+from fxopt.passes.quantization.options import WeightOptions
+from fxopt.passes.quantization.sites import kind_of, not_selected, unquantizable
+from fxopt.passes.quantization.weights import StoredWeight, read_weight, store_weight, weight_node
+from fxopt.rewrite.builder import Builder
+
+
+@register("gptq")
+@dataclass(frozen=True)
+class Gptq(Pass):
+    """Store weights of linears in few bits, errors made up for by the columns that follow."""
+
+    weights: WeightOptions = field(default_factory=lambda: WeightOptions("int4", "group", 64))
+    act_order: bool = True
+    static_groups: bool = True
+    true_sequential: bool = True
+    block_size: int = 128
+    damping: float = 0.01
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    exactness = Exactness.APPROXIMATE
+    input_level = Level.CANONICAL
+    output_level = Level.QUANTIZED
+    after = ("canonicalize", "smoothquant", "awq-scale", "rotate", "equalize")
+
+    def __post_init__(self) -> None:
+        grouped = self.weights.granularity in ("group", "block")
+        if self.act_order and grouped and not self.static_groups:
+            raise RecipeError(
+                "act_order scatters the columns of a group over the order of rounding, so its "
+                "range cannot wait for them. Set static_groups: true or act_order: false."
+            )
+        if self.block_size < 1 or not self.damping > 0:
+            raise RecipeError(
+                f"block_size {self.block_size} and damping {self.damping} must be positive."
+            )
+
+    def needs(self) -> tuple[Calibration, ...]:
+        """The calibration data itself: inputs are those that rounded linears give."""
+        return (Calibration("samples"),)
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Round every selected linear while the calibration data flows through the program."""
+        rounding = _Rounding(self, program, context)
+        rounding.lockstep.run(rounding.visit)
+        return PassResult(
+            tuple(rounding.sites), tuple(rounding.refusals), tuple(dict.fromkeys(rounding.notes))
+        )
+
+
+class _Rounding:
+    """One run of the pass over a program."""
+
+    def __init__(self, settings: Gptq, program: Program, context: Context) -> None:
+        self.settings = settings
+        self.program = program
+        self.context = context
+        self.lockstep = Lockstep(program, context.samples)
+        self.sites: list[Site] = []
+        self.refusals: list[Refusal] = []
+        self.notes: list[str] = []
+        self.done: dict[str, StoredWeight] = {}
+        self.latest: tuple[Node, Hessian] | None = None  # linears that share an input follow
+
+    def visit(self, node: Node) -> None:
+        """Round a linear before it is computed, or (not true_sequential) after."""
+        if kind_of(node) != "linear":
+            return
+        path = module_path(node)
+        settings = self.settings
+        reason = not_selected(node, settings.include, settings.exclude)
+        reason = reason or unquantizable(self.program, node, settings.weights)
+        if reason is not None:
+            self.refusals.append(Refusal(path or node.name, reason))
+            return
+        self.context.progress(path)
+        weight = weight_node(node, 1)
+        assert weight is not None  # noqa: S101 - `unquantizable` looked
+        detail = self._round(node, str(weight.target))
+        self.sites.append(Site(path, f"{settings.weights.describe()}, {detail}", node.name))
+        if not settings.true_sequential:
+            self.lockstep.compute(node)
+        build = Builder(self.program, node, settings.name)
+        stored = self.done[str(weight.target)]
+        node.update_arg(1, read_weight(build, stored, weight.meta["val"].dtype))
+
+    def _round(self, node: Node, name: str) -> str:
+        """Store the rounded weight, unless a tied linear did; what the report says of it."""
+        if name in self.done:
+            return "tied to one before it"
+        settings = self.settings
+        try:
+            h = self._hessian(node)
+        except CalibrationError as error:
+            raise CalibrationError(f"gptq of {module_path(node) or node.name}: {error}") from error
+        found = compensated(
+            self.program.weight(name),
+            settings.weights,
+            h,
+            settings.block_size,
+            settings.static_groups,
+        )
+        codes = encode_by_rows(found.grid, found.values)
+        self.done[name] = store_weight(self.program, name, codes, found.grid)
+        return f"output error {found.share:.2f}x of rounding to nearest"
+
+    def _hessian(self, node: Node) -> Hessian:
+        source = node.args[0]
+        assert isinstance(source, Node)  # noqa: S101 - a linear reads a tensor
+        if self.latest is None or self.latest[0] is not source:
+            rows = self.lockstep.rows(source)
+            h = hessian(rows, self.settings.damping, self.settings.act_order)
+            self._note(module_path(node) or node.name, rows, h)
+            self.latest = source, h
+        return self.latest[1]
+
+    def _note(self, path: str, rows: list[Tensor], h: Hessian) -> None:
+        tokens, inputs = sum(len(part) for part in rows), len(h.order)
+        if tokens < inputs:
+            self.notes.append(
+                f"{path} has {inputs} inputs and was shown {tokens} tokens: damping decides the "
+                "rest; more calibration data would help"
+            )
+        if h.damping != self.settings.damping:
+            self.notes.append(f"{path} needed damping {h.damping:g} to be positive definite")

@@ -1,0 +1,101 @@
+"""What a recipe says about weights and activations; shared by every pass that quantizes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fxopt.errors import RecipeError
+from fxopt.ir.number_formats import FORMATS, NumberFormat
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """How weights of linears are stored."""
+
+    dtype: Literal["int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "nf4"] = "int8"
+    granularity: Literal["tensor", "channel", "group", "block"] = "channel"
+    group_size: int | None = None
+    symmetric: bool = True
+    block_size: tuple[int, int] | None = None
+    range: Literal["absmax", "mse", "output"] = "absmax"
+
+    def __post_init__(self) -> None:
+        self._check_size("group", "group_size", self.group_size, self.group_size or 0)
+        smallest = min(self.block_size or (0,))
+        self._check_size("block", "block_size", self.block_size, smallest)
+        if not self.symmetric and self.format.kind != "integer":
+            raise RecipeError(
+                f"{self.dtype} has no zero point; leave symmetric out or choose an integer type."
+            )
+
+    def _check_size(self, granularity: str, name: str, value: object, smallest: int) -> None:
+        if self.granularity == granularity and (value is None or smallest < 1):
+            kind = "a positive number" if granularity == "group" else "[rows, columns], positive"
+            raise RecipeError(f"granularity {granularity!r} needs {name}, {kind}.")
+        if self.granularity != granularity and value is not None:
+            raise RecipeError(
+                f"{name} {value} has no meaning at granularity {self.granularity!r}; set "
+                f"granularity to {granularity!r} or leave {name} out."
+            )
+
+    @property
+    def format(self) -> NumberFormat:
+        """The facts of the dtype."""
+        return FORMATS[self.dtype]
+
+    @property
+    def block(self) -> list[int]:
+        """The part of a weight [out, in] that shares a scale; -1 is the whole axis."""
+        if self.granularity == "tensor":
+            return [-1, -1]
+        if self.granularity == "block":
+            return list(self.block_size or ())
+        return [1, self.group_size or -1]
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why blocks do not divide a weight, or None."""
+        for length, size, axis in zip(shape, self.block, ("outputs", "inputs"), strict=True):
+            if size > 0 and length % size:
+                return f"{self.granularity} size {size} does not divide its {length} {axis}"
+        return None
+
+    def describe(self, channel: str = "channel") -> str:
+        """For the report: "int4 weight per group of 64"."""
+        sizes = {"channel": channel, "group": f"group of {self.group_size}"}
+        sizes["block"] = f"block of {self.block_size}"
+        return f"{self.dtype} weight per {sizes.get(self.granularity, self.granularity)}"
+
+
+@dataclass(frozen=True)
+class ActivationOptions:
+    """How inputs of linears are rounded: "token" at run time, "tensor" from calibration."""
+
+    dtype: Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"] = "int8"
+    granularity: Literal["token", "tensor"] = "token"
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.symmetric and self.format.kind != "integer":
+            raise RecipeError(
+                f"{self.dtype} has no zero point; leave symmetric out or choose an integer type."
+            )
+
+    @property
+    def format(self) -> NumberFormat:
+        """The facts of the dtype."""
+        return FORMATS[self.dtype]
+
+
+@dataclass(frozen=True)
+class EmbeddingOptions:
+    """How embedding tables are stored: one scale per row, per group of a row, or for the table."""
+
+    dtype: Literal["int8", "int4", "fp8_e4m3", "nf4"] = "int8"
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self.as_weight()
+
+    def as_weight(self) -> WeightOptions:
+        """The same said of a weight [rows, d]."""
+        return WeightOptions(self.dtype, self.granularity, self.group_size)

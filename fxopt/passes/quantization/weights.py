@@ -1,0 +1,99 @@
+"""How a quantized weight is held: packed codes, scales and tables, and the nodes that read them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.ir.program import CONSTANTS, Program
+from fxopt.passes.quantization.grid import Grid, choose_grid, encode_by_rows, output_loss
+from fxopt.passes.quantization.options import WeightOptions
+from fxopt.rewrite.builder import Builder
+
+ops = torch.ops.fxopt
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """The names under which a quantized weight is held, and its grid."""
+
+    name: str
+    grid: Grid
+    columns: int
+
+
+def weight_node(node: Node, index: int) -> Node | None:
+    """The `get_attr` node of a weight operand, or None."""
+    weight = node.args[index]
+    return weight if isinstance(weight, Node) and weight.op == "get_attr" else None
+
+
+def weight_index(node: Node) -> int:
+    """Which argument of a linear or embedding is its weight."""
+    return 0 if node.target is aten.embedding.default else 1
+
+
+def quantize_weight(
+    program: Program,
+    build: Builder,
+    node: Node,
+    options: WeightOptions,
+    done: dict[tuple[Any, ...], StoredWeight],
+    rows: Tensor | None = None,
+) -> Node:
+    """Round the weight of a linear or embedding to its grid; the node that gives its values.
+
+    `rows` [n, in] of the linear's input are what `range: output` judges by. A tied weight that two sites quantize alike stays one tensor. While another site still reads
+    the floating weight, the codes get a name of their own.
+    """
+    source = weight_node(node, weight_index(node))
+    assert source is not None  # noqa: S101 - `unquantizable` looked
+    name = str(source.target)
+    value = program.weight(name)
+    key = (name, options)
+    if key not in done:
+        loss = None if rows is None else output_loss(rows.T @ rows, options.block)
+        grid = choose_grid(value, options, loss)
+        done[key] = store_weight(program, name, encode_by_rows(grid, value), grid)
+    return read_weight(build, done[key], value.dtype)
+
+
+def store_weight(program: Program, name: str, codes: Tensor, grid: Grid) -> StoredWeight:
+    """Hold the codes [out, in] of a weight, packed where they have less than 8 bits."""
+    stored = _free_name(program, f"{name}_{grid.format.name}")
+    bits = grid.format.bits
+    program.set_weight(stored, codes if bits == 8 else ops.pack(codes, bits))
+    program.set_weight(f"{stored}_scale", grid.scale)
+    if grid.zero_point is not None:
+        program.set_weight(f"{stored}_zero_point", grid.zero_point)
+    table = f"{CONSTANTS}{grid.format.name}_table"
+    if grid.format.kind == "codebook" and table not in program.weights():
+        program.set_weight(table, grid.format.codebook().reshape(1, 1, -1))
+    return StoredWeight(stored, grid, codes.shape[1])
+
+
+def read_weight(build: Builder, stored: StoredWeight, dtype: torch.dtype) -> Node:
+    """The nodes that read a stored weight: unpack, look up, dequantize."""
+    grid = stored.grid
+    node = build.read(stored.name)
+    if grid.format.bits < 8:
+        bits, signed = grid.format.bits, grid.format.signed
+        node = build.call(ops.unpack.default, node, bits, stored.columns, signed)
+    if grid.format.kind == "codebook":
+        table = build.read(f"{CONSTANTS}{grid.format.name}_table")
+        node = build.call(ops.lookup.default, node, table, [-1, -1])
+    zero = None if grid.zero_point is None else build.read(f"{stored.name}_zero_point")
+    scale = build.read(f"{stored.name}_scale")
+    return build.call(ops.dequantize.default, node, scale, zero, list(grid.block), dtype)
+
+
+def _free_name(program: Program, name: str) -> str:
+    held = program.weights()
+    candidate, number = name, 1
+    while candidate in held:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
