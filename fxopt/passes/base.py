@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -11,6 +11,9 @@ from torch.fx import Node
 
 from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site
+
+
+StateChange = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 
 class Exactness(enum.Enum):
@@ -27,11 +30,12 @@ class PassResult:
     sites: tuple[Site, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
-    # How a cache in the old basis is brought to the new one, by the name of the graph input. A
-    # cache is state: its basis may change as long as what goes in fits what comes out.
-    state: Mapping[str, Callable[[Tensor], Tensor]] = field(
-        default_factory=dict[str, Callable[[Tensor], Tensor]]
-    )
+    # How a cache in the old basis is brought to the new one, by the name of the graph input; what
+    # was one tensor may become several. A cache is state: its basis may change as long as what
+    # goes in fits what comes out.
+    state: Mapping[str, StateChange] = field(default_factory=dict[str, StateChange])
+    # How many old tokens a call must read before it shows what the pass did; 0: none.
+    past: int = 0
 
 
 @dataclass(frozen=True)

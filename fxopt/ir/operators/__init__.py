@@ -6,6 +6,7 @@ that only lowering writes live in `fxopt.kernels`.
 """
 
 from fxopt.ir.operators.attention import attention_mask, attention_reference, merge_masks
+from fxopt.ir.operators.cache import pack_bits, unpack_bits
 from fxopt.ir.operators.hadamard import hadamard_reference
 from fxopt.ir.operators.moe import ACTIVATIONS, activate
 from fxopt.ir.operators.quantization import block_counts
@@ -19,5 +20,7 @@ __all__ = [
     "block_counts",
     "hadamard_reference",
     "merge_masks",
+    "pack_bits",
     "rope_reference",
+    "unpack_bits",
 ]
