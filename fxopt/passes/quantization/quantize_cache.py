@@ -28,6 +28,7 @@ from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
 from fxopt.passes.quantization.cache_state import CacheState, cache_states, replace_states
 
 _SMALLEST_GROUP = 4
+_NOTE = "the form of the cache changes: caches made by the original no longer fit"
 
 
 @register("quantize-cache")
@@ -80,7 +81,8 @@ class QuantizeCache(Pass):
             sites.append(Site(state.path, _detail(state, form), state.reader))
         changes = replace_states(program, chosen, self.scales) if chosen else {}
         past = max((max(form.window, 1) for _, form in chosen), default=0)
-        return PassResult(tuple(sites), tuple(refusals), state=changes, past=past)
+        notes = (_NOTE,) if chosen else ()
+        return PassResult(tuple(sites), tuple(refusals), notes, changes, past)
 
     def _form(self, state: CacheState) -> StateForm:
         if self.dtype in TOKEN_FORMATS:
