@@ -35,7 +35,7 @@ def _states(program: Program) -> dict[str, int]:
     cache = program.signature.cache
     if cache is None:
         return {}
-    count = 2 * cache.layers
+    count = cache.count
     inputs = [node.name for node in program.graph.nodes if node.op == "placeholder"][-count:]
     first = len(program.signature.outputs) - count
     return {name: first + index for index, name in enumerate(inputs)}

@@ -1,15 +1,17 @@
 """Signature: what a program takes, what it returns, and which dimensions may vary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fxopt.errors import InputError
+from fxopt.errors import InputError, LoadError
+from fxopt.ir.state_form import DENSE, StateForm
 from fxopt.ir.structure import Structure
 
+_Item = TypeVar("_Item")
 Dimension = int | str  # a number is fixed; a name or an expression of names varies
 
 
@@ -20,6 +22,11 @@ class TensorSpec:
     name: str
     shape: tuple[Dimension, ...]
     dtype: torch.dtype
+
+    def empty(self, batch: int, device: torch.device) -> Tensor:
+        """A tensor of so many rows in which every other size that varies is zero."""
+        sizes = (size if isinstance(size, int) else 0 for size in self.shape[1:])
+        return torch.empty(batch, *sizes, dtype=self.dtype, device=device)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the stored folder."""
@@ -35,15 +42,56 @@ class TensorSpec:
 class CacheSpec:
     """The key/value cache of a decoder: state that the graph takes and gives back.
 
-    The last `2 * layers` graph inputs and outputs are key and value of each layer, shape
-    [batch, heads, length, head_dim].
+    The last `count` graph inputs and outputs are the keys and the values of each layer in turn.
+    Each of these `2 * layers` states is held in the tensors that its form says; a dense one is
+    one tensor [batch, heads, length, head_dim].
+
+    Attributes:
+        layers: how many layers have keys and values of their own.
+        forms: the form of each state; empty where all are dense.
     """
 
     layers: int
+    forms: tuple[StateForm, ...] = ()
+
+    @property
+    def states(self) -> tuple[StateForm, ...]:
+        """The form of each state: keys and values of each layer in turn."""
+        return self.forms or (DENSE,) * (2 * self.layers)
+
+    @property
+    def count(self) -> int:
+        """How many tensors hold the cache."""
+        return sum(len(form.parts) for form in self.states)
+
+    def split(self, tensors: Sequence[_Item]) -> list[list[_Item]]:
+        """The last `count` of some flat inputs or outputs, or of what stands for them, by state."""
+        rest = list(tensors[len(tensors) - self.count :])
+        return [[rest.pop(0) for _ in form.parts] for form in self.states]
+
+    def length(self, tensors: Sequence[Tensor]) -> int:
+        """How many tokens the cache holds."""
+        return self.states[0].length(self.split(tensors)[0])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the stored folder."""
-        return {"layers": self.layers}
+        forms = [form.to_dict() for form in self.forms]
+        return {"layers": self.layers, **({"forms": forms} if forms else {})}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "CacheSpec":
+        """The inverse of `to_dict`.
+
+        Raises:
+            LoadError: the forms are not one for each state.
+        """
+        forms = tuple(StateForm.from_dict(form) for form in data.get("forms", ()))
+        if len(forms) not in (0, 2 * data["layers"]):
+            raise LoadError(
+                f"the cache has {data['layers']} layers and {len(forms)} forms; the folder is "
+                "damaged. Save the model again."
+            )
+        return CacheSpec(data["layers"], forms)
 
 
 @dataclass(frozen=True)
@@ -96,11 +144,34 @@ class Signature:
             input_structure=data["input_structure"],
             output_structure=data["output_structure"],
             defaults=data["defaults"],
-            cache=CacheSpec(**data["cache"]) if data["cache"] else None,
+            cache=CacheSpec.from_dict(data["cache"]) if data["cache"] else None,
             step_inputs=tuple(data["step_inputs"]),
             ignored=tuple(data["ignored"]),
             parameters=tuple(data["parameters"]),
         )
+
+    def empty_state(self, batch: int, device: torch.device) -> list[list[Tensor]]:
+        """A cache without tokens, by state: every size that varies is zero, the batch aside."""
+        assert self.cache is not None  # noqa: S101 - callers ask only programs with a cache
+        return [
+            [spec.empty(batch, device) for spec in specs] for specs in self.cache.split(self.inputs)
+        ]
+
+    def hold(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Flat inputs whose keys and values are dense, as this program holds them.
+
+        Those that are in its form already stay as they are.
+        """
+        cache = self.cache
+        if cache is None or len(tensors) == len(self.inputs):
+            return list(tensors)
+        dense = tensors[len(tensors) - 2 * cache.layers :]
+        empty = self.empty_state(dense[0].shape[0], dense[0].device)
+        held = [
+            form.append(state, value)
+            for form, state, value in zip(cache.states, empty, dense, strict=True)
+        ]
+        return [*tensors[: -len(dense)], *(tensor for state in held for tensor in state)]
 
     def check(self, tensors: list[Tensor]) -> None:
         """Refuse tensors that the graph was not captured for.

@@ -14,6 +14,9 @@ from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site
 
 
+StateChange = Callable[[Tensor], Tensor | Sequence[Tensor]]
+
+
 class Exactness(enum.Enum):
     """What a pass promises about the function it leaves behind."""
 
@@ -28,11 +31,12 @@ class PassResult:
     sites: tuple[Site, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
-    # How a cache in the old basis is brought to the new one, by the name of the graph input. A
-    # cache is state: its basis may change as long as what goes in fits what comes out.
-    state: Mapping[str, Callable[[Tensor], Tensor]] = field(
-        default_factory=dict[str, Callable[[Tensor], Tensor]]
-    )
+    # How a cache in the old basis is brought to the new one, by the name of the graph input; what
+    # was one tensor may become several. A cache is state: its basis may change as long as what
+    # goes in fits what comes out.
+    state: Mapping[str, StateChange] = field(default_factory=dict[str, StateChange])
+    # How many old tokens a call must read before it shows what the pass did; 0: none.
+    past: int = 0
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def keyword_inputs(
 ) -> list[Tensor]:
     """Flat inputs for keyword tensors; defaults filled in, the cache empty."""
     bound = bind_keywords(signature, args, entry)
-    count = 2 * signature.cache.layers if signature.cache else 0
+    count = signature.cache.count if signature.cache else 0
     specs = signature.inputs[: len(signature.inputs) - count]
     if signature.step_inputs and "decoder_input_ids" not in bound and "input_ids" in bound:
         bound["decoder_input_ids"] = bound["input_ids"]

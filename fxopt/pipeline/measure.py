@@ -98,7 +98,7 @@ def measure(
     `moved` makes the inputs of the program after out of those before: caches may differ.
     """
     specs = before.signature.outputs
-    count = len(specs) - (2 * before.signature.cache.layers if before.signature.cache else 0)
+    count = len(specs) - (before.signature.cache.count if before.signature.cache else 0)
     signal, noise = [0.0] * count, [0.0] * count
     kls: list[Tensor] = []
     agreements: list[Tensor] = []

@@ -16,6 +16,7 @@ from fxopt.ir.program import Program, Site
 from fxopt.passes.base import Exactness, Pass, PassResult
 from fxopt.pipeline.attribution import first_divergence, guilty_site
 from fxopt.pipeline.measure import Inputs, layer_decibels, measure, rms_error, worst_error
+from fxopt.pipeline.past import reading_on
 from fxopt.pipeline.state_basis import StateBasis, fitted
 from fxopt.pipeline.tolerances import (
     EDITS_IN_MEMORY,
@@ -136,6 +137,8 @@ class Verifier:
     ) -> dict[str, Any]:
         chosen = self.natural or self.inputs
         chosen = chosen if self.mode == "full" else chosen[:1]
+        if result.past:
+            chosen = reading_on(before, chosen, result.past)
         basis = StateBasis(before, result)
         measured = measure(before, after, chosen, basis.inputs)
         release_freed_memory(before.byte_count())  # every weight was there once in floating point

@@ -90,7 +90,7 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
     def _run_with_cache(
         self, bound: dict[str, Any], cache: Cache | None, source: Any
     ) -> tuple[list[Tensor], Cache]:
-        count = 2 * self.signature.cache.layers
+        count = self.signature.cache.count
         given = next((v for v in bound.values() if isinstance(v, Tensor)), None)
         if given is None:
             raise InputError("no input tensor was passed.")
@@ -100,11 +100,11 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
         outputs = self._run(bound, past, source)
         if cache is None:
             cache = new_cache(bool(self.signature.step_inputs))
-        write_cache(cache, outputs[-count:])
+        write_cache(self.signature, cache, outputs[-count:])
         return outputs[:-count], cache
 
     def _run(self, bound: dict[str, Any], past: list[Tensor], source: Any) -> list[Tensor]:
-        length = past[0].shape[2] if past else 0
+        length = self.signature.cache.length(past) if past else 0
         specs = self.signature.inputs[: len(self.signature.inputs) - len(past)]
         if source is None:
             fill_defaults(self.signature, specs, bound, length)

@@ -8,6 +8,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from fxopt.errors import InputError
 from fxopt.ir.signature import Signature
+from fxopt.ir.state_form import DENSE, StateForm
+from fxopt.runtime.state_layer import StateLayer
 
 
 def new_cache(encoder_decoder: bool) -> Cache:
@@ -25,34 +27,43 @@ def read_cache(
         InputError: the cache is of a kind, or holds layers, that the program cannot continue.
     """
     assert signature.cache is not None  # noqa: S101 - callers ask only programs with a cache
-    count = 2 * signature.cache.layers
-    specs = signature.inputs[-count:]
     layers = _layers(cache)
     tensors: list[Tensor] = []
-    for index, spec in enumerate(specs):
+    forms = signature.cache.states
+    for index, empty in enumerate(signature.empty_state(batch, device)):
         layer = layers[index // 2] if index // 2 < len(layers) else None
-        value = None if layer is None else (layer.values if index % 2 else layer.keys)
-        if layer is not None and layer.is_initialized and value is not None and value.numel():
-            _refuse_foreign(layer, index // 2)
-            tensors.append(value)
-        else:
-            heads, width = int(spec.shape[1]), int(spec.shape[3])
-            tensors.append(torch.empty(batch, heads, 0, width, dtype=spec.dtype, device=device))
+        held = None
+        if layer is not None and layer.is_initialized:
+            own = (forms[index - index % 2], forms[index - index % 2 + 1])
+            held = _held(layer, index // 2, own)[index % 2]
+        tensors += empty if held is None else held
     return tensors
 
 
-def write_cache(cache: Cache, present: list[Tensor]) -> None:
+def write_cache(signature: Signature, cache: Cache, present: list[Tensor]) -> None:
     """Replace the contents of a cache by what the graph returned, in place."""
+    assert signature.cache is not None  # noqa: S101 - callers ask only programs with a cache
     own: Any = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    for index in range(len(present) // 2):
-        if index >= len(own.layers):
-            own.layers.append(DynamicLayer())
-        elif type(own.layers[index]) is not DynamicLayer:
-            own.layers[index] = DynamicLayer()
-        layer = own.layers[index]
-        layer.keys, layer.values = present[2 * index], present[2 * index + 1]
-        layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
-        layer.is_initialized = True
+    forms, states = signature.cache.states, signature.cache.split(present)
+    for index in range(signature.cache.layers):
+        pair = slice(2 * index, 2 * index + 2)
+        held = own.layers[index] if index < len(own.layers) else None
+        layer = _filled(held, forms[pair], states[pair])
+        if held is None:
+            own.layers.append(layer)
+        else:
+            own.layers[index] = layer
+
+
+def _filled(layer: Any, forms: tuple[StateForm, ...], states: list[list[Tensor]]) -> Any:
+    if any(form.dtype for form in forms):
+        return StateLayer(forms, states)
+    if type(layer) is not DynamicLayer:
+        layer = DynamicLayer()
+    layer.keys, layer.values = states[0][0], states[1][0]
+    layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+    layer.is_initialized = True
+    return layer
 
 
 def _layers(cache: Cache | None) -> list[Any]:
@@ -65,6 +76,24 @@ def _layers(cache: Cache | None) -> list[Any]:
             "the default cache implementation."
         )
     return list(own.layers)
+
+
+def _held(layer: Any, index: int, forms: tuple[StateForm, ...]) -> tuple[Any, Any]:
+    """Keys and values of a layer in the program's forms; None where it holds nothing."""
+    found = layer.forms if isinstance(layer, StateLayer) else (DENSE, DENSE)
+    if found != forms:
+        raise InputError(
+            f"layer {index} of the cache holds keys as {found[0].describe()} and values as "
+            f"{found[1].describe()}; the program holds {forms[0].describe()} and "
+            f"{forms[1].describe()}. Caches of the original model, or of another program, are not "
+            "continued: start from an empty cache."
+        )
+    if isinstance(layer, StateLayer):
+        return tuple(layer.states)  # type: ignore[return-value]
+    if layer.keys is None or not layer.keys.numel():
+        return None, None
+    _refuse_foreign(layer, index)
+    return [layer.keys], [layer.values]
 
 
 def _refuse_foreign(layer: Any, index: int) -> None:

@@ -90,8 +90,14 @@ def _fake_inputs(
             return dimension
         if dimension not in symbols:
             source = ConstantSource(f"size_{len(symbols)}")
+            # A size that is 0 in the example varies like the others.
             symbol = env.create_symbol(
-                sizes[dimension], source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+                sizes[dimension],
+                source,
+                dynamic_dim=DimDynamic.DYNAMIC,
+                constraint_dim=None,
+                positive=None,
+                do_not_specialize_zero_one=True,
             )
             symbols[dimension] = env.create_symintnode(symbol, hint=sizes[dimension], source=source)
         return symbols[dimension]

@@ -3,7 +3,9 @@ import pytest
 from fxopt.pipeline.recipe import Recipe, presets
 
 
-@pytest.mark.parametrize("name", ["canonical", "w8a8-dynamic", "w8a8-static", "w8a16"])
+@pytest.mark.parametrize(
+    "name", ["canonical", "w8a8-dynamic", "w8a8-static", "w8a16", "kv8", "kivi4", "kivi2"]
+)
 def test_presets_build(name):
     recipe = presets()[name]
     assert recipe.name == name
@@ -26,3 +28,10 @@ def test_quantized_presets_say_what_their_name_says(name, granularity):
         assert options["activations"] is None
     else:
         assert options["activations"]["granularity"] == granularity
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("kv8", "int8"), ("kivi4", "int4"), ("kivi2", "int2")])
+def test_cache_presets_leave_the_weights_alone(name, dtype):
+    _, quantize_cache = presets()[name].build()
+    options = quantize_cache.options()
+    assert (options["dtype"], options["group"], options["window"]) == (dtype, 32, 128)

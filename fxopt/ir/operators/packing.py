@@ -29,9 +29,12 @@ def _check_bits(bits: int) -> None:
         raise KernelError(f"codes of {bits} bits cannot be packed; 1 to 7 bits can.")
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., n], of which the lowest bits count, as uint8 [..., ceil(n bits / 8)]."""
     _check_bits(bits)
     length = codes.shape[-1]
+    if 8 % bits == 0 and length * bits % 8 == 0:
+        return _pack_whole_bytes(codes, bits)
     masked = codes.to(torch.int64) & ((1 << bits) - 1)
     padded = torch.nn.functional.pad(masked, (0, -length % _CODES))
     eights = padded.unflatten(-1, (padded.shape[-1] // _CODES, _CODES))
@@ -43,21 +46,45 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     return packed[..., : packed_length(length, bits)].contiguous()
 
 
+def _pack_whole_bytes(codes: Tensor, bits: int) -> Tensor:
+    count = 8 // bits
+    values = codes.to(torch.uint8) & ((1 << bits) - 1)
+    values = values.unflatten(-1, (codes.shape[-1] // count, count))
+    packed = values[..., 0]
+    for place in range(1, count):
+        packed = packed | (values[..., place] << (bits * place))
+    return packed.contiguous()
+
+
 def _pack_fake(codes: Tensor, bits: int) -> Tensor:
     shape = (*codes.shape[:-1], packed_length(codes.shape[-1], bits))
     return codes.new_empty(shape, dtype=torch.uint8)
 
 
-define("pack(Tensor codes, int bits) -> Tensor", _pack, _pack_fake)
+define("pack(Tensor codes, int bits) -> Tensor", pack_codes, _pack_fake)
 
 
-def _unpack(packed: Tensor, bits: int, length: Any, signed: bool) -> Tensor:
+def unpack_codes(packed: Tensor, bits: int, length: Any, signed: bool = False) -> Tensor:
+    """The codes [..., length] of packed bytes: uint8, or int8 in two's complement if signed."""
     _check_bits(bits)
     if packed.shape[-1] != packed_length(length, bits):
         raise KernelError(
             f"{length} codes of {bits} bits take {packed_length(length, bits)} bytes; the packed "
             f"tensor {list(packed.shape)} has {packed.shape[-1]} in a row."
         )
+    codes = _unpack_bytes(packed, bits) if 8 % bits == 0 else _unpack_words(packed, bits)
+    codes = codes[..., :length].contiguous()
+    # Shifting up and back carries the highest bit into the sign.
+    return (codes << (8 - bits)).view(torch.int8) >> (8 - bits) if signed else codes
+
+
+def _unpack_bytes(packed: Tensor, bits: int) -> Tensor:
+    mask = (1 << bits) - 1
+    parts = [(packed >> shift) & mask for shift in range(0, 8, bits)]
+    return torch.stack(parts, -1).flatten(-2)
+
+
+def _unpack_words(packed: Tensor, bits: int) -> Tensor:
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits)).to(torch.int64)
     groups = padded.unflatten(-1, (padded.shape[-1] // bits, bits))
     words = torch.zeros(groups.shape[:-1], dtype=torch.int64, device=packed.device)
@@ -66,9 +93,7 @@ def _unpack(packed: Tensor, bits: int, length: Any, signed: bool) -> Tensor:
     codes = torch.empty(*words.shape, _CODES, dtype=torch.uint8, device=packed.device)
     for place in range(_CODES):
         codes[..., place] = (words >> (bits * place)) & ((1 << bits) - 1)
-    codes = codes.flatten(-2)[..., :length].contiguous()
-    # Shifting up and back carries the highest bit into the sign.
-    return (codes << (8 - bits)).view(torch.int8) >> (8 - bits) if signed else codes
+    return codes.flatten(-2)
 
 
 def _unpack_fake(packed: Tensor, bits: int, length: Any, signed: bool) -> Tensor:
@@ -77,7 +102,9 @@ def _unpack_fake(packed: Tensor, bits: int, length: Any, signed: bool) -> Tensor
 
 
 define(
-    "unpack(Tensor packed, int bits, SymInt length, bool signed) -> Tensor", _unpack, _unpack_fake
+    "unpack(Tensor packed, int bits, SymInt length, bool signed) -> Tensor",
+    unpack_codes,
+    _unpack_fake,
 )
 
 

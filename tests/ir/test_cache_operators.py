@@ -1,0 +1,225 @@
+"""The cache operators: what they store, how far it is off, and that tokens are quantized once."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxopt.errors import InputError, LoadError
+from fxopt.ir.operators.cache import TOKEN_FORMATS
+from fxopt.ir.signature import CacheSpec
+from fxopt.ir.state_form import StateForm
+
+ops = torch.ops.fxopt
+HEADS, WIDTH, GROUP, WINDOW = 2, 8, 4, 8
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOKEN = [StateForm("int8"), StateForm("fp8")]
+GROUPED = [
+    StateForm(dtype, GROUP, WINDOW, per_channel)
+    for dtype in ("int4", "int2")
+    for per_channel in (True, False)
+]
+seeds = st.integers(0, 10_000)
+
+
+def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal values with outliers, some channels far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    x = x * torch.where(torch.rand(shape, generator=generator) < 0.05, 20, 1)
+    return (x + 5 * torch.randn(shape[-1], generator=generator)).to(dtype)
+
+
+def empty(form: StateForm, batch: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """A state without tokens."""
+    if not form.dtype:
+        return [torch.empty(batch, HEADS, 0, WIDTH, dtype=dtype)]
+    if not form.bits:
+        held = TOKEN_FORMATS[form.dtype][0]
+        shapes = [((0, WIDTH), held), ((0, 1), dtype)]
+    else:
+        per_channel = form.per_channel
+        scale = (0, WINDOW // GROUP, WIDTH) if per_channel else (0, WINDOW, WIDTH // GROUP)
+        packed = (0, WINDOW, WIDTH * form.bits // 8)
+        shapes = [(packed, torch.uint8), (scale, dtype), (scale, dtype), ((0, WIDTH), dtype)]
+    return [torch.empty(batch, HEADS, *shape, dtype=kind) for shape, kind in shapes]
+
+
+def read(form: StateForm, state: list[Tensor], new: Tensor) -> Tensor:
+    if form.bits:
+        return ops.cache_read_group(*state, new, form.bits, form.per_channel)
+    return ops.cache_read_token(*state, new) if form.dtype else torch.cat([state[0], new], 2)
+
+
+def recall(form: StateForm, state: list[Tensor], like: Tensor) -> Tensor:
+    """The old tokens as attention reads them."""
+    return read(form, state, like[:, :, :0])
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(bits_of(x), bits_of(y)) for x, y in zip(a, b, strict=True))
+
+
+# --- how far off ----------------------------------------------------------------------------
+
+
+@given(st.sampled_from(TOKEN), st.sampled_from(DTYPES), seeds, st.integers(1, 5))
+def test_a_token_is_off_by_half_a_step_at_most(form, dtype, seed, length):
+    x = numbers(seed, 2, HEADS, length, WIDTH, dtype=dtype)
+    state = form.append(empty(form, 2, dtype), x)
+    found, wide = recall(form, state, x).double(), x.double()
+    step = state[1].double()
+    # A float8 number has three bits after the first: its own step is 1/8 of its power of two.
+    half = step / 2 if form.dtype == "int8" else (wide.abs() / 16).clamp(min=step * 2**-10)
+    slack = wide.abs() * torch.finfo(dtype).eps + step * 127 * torch.finfo(dtype).eps
+    assert ((found - wide).abs() <= half + slack).all()
+
+
+@given(st.sampled_from(GROUPED), st.sampled_from(DTYPES), seeds, st.integers(1, 3))
+def test_a_block_is_off_by_half_a_step_at_most(form, dtype, seed, blocks):
+    x = numbers(seed, 2, HEADS, blocks * WINDOW, WIDTH, dtype=dtype)
+    state = form.append(empty(form, 2, dtype), x)
+    assert state[3].shape[2] == 0
+    found = recall(form, state, x).double().unflatten(2, (blocks, WINDOW))
+    axis = 3 if form.per_channel else 4
+    step = state[1].double().repeat_interleave(GROUP, axis)
+    wide = x.double().unflatten(2, (blocks, WINDOW))
+    eps = torch.finfo(dtype).eps
+    slack = eps * (wide.abs() + found.abs() + step * (1 << form.bits))
+    assert ((found - wide).abs() <= step / 2 + slack).all()
+
+
+@given(st.sampled_from(GROUPED), st.sampled_from(DTYPES), seeds)
+def test_a_constant_channel_or_token_is_exact(form, dtype, seed):
+    axis = 2 if form.per_channel else 3
+    x = numbers(seed, 2, HEADS, WINDOW, WIDTH, dtype=dtype)
+    x = x.narrow(axis, 0, 1).expand(x.shape)
+    assert torch.equal(recall(form, form.append(empty(form, 2, dtype), x), x), x)
+
+
+@pytest.mark.parametrize("form", [*TOKEN, *GROUPED], ids=StateForm.describe)
+def test_zeros_are_exact(form):
+    x = torch.zeros(1, HEADS, WINDOW, WIDTH)
+    assert torch.equal(recall(form, form.append(empty(form, 1), x), x), x)
+
+
+@pytest.mark.parametrize("form", GROUPED, ids=StateForm.describe)
+def test_scales_of_fewer_bits_stay_finite(form):
+    x = numbers(0, 1, HEADS, WINDOW, WIDTH) * 1e6
+    state = form.append([t.half() if t.dtype == torch.float32 else t for t in empty(form, 1)], x)
+    assert state[1].dtype == state[2].dtype == torch.float16
+    assert torch.isfinite(recall(form, state, x)).all()
+
+
+# --- tokens are quantized once --------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([StateForm(), *TOKEN, *GROUPED]), seeds, st.lists(st.integers(0, 19)))
+def test_a_cache_filled_step_by_step_is_the_one_filled_at_once(form, seed, steps):
+    x = numbers(seed, 2, HEADS, sum(steps), WIDTH)
+    state = empty(form, 2)
+    for part in x.split(steps, 2) if steps else []:
+        state = form.append(state, part)
+        assert form.length(state) <= x.shape[2]
+    assert same(state, form.append(empty(form, 2), x))
+    assert form.length(state) == x.shape[2]
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(GROUPED), seeds, st.integers(0, 30), st.integers(0, 9))
+def test_the_newest_tokens_are_exact_and_the_new_ones_too(form, seed, old, count):
+    x = numbers(seed, 1, HEADS, old + count, WIDTH)
+    state = form.append(empty(form, 1), x[:, :, :old])
+    found = read(form, state, x[:, :, old:])
+    assert found.shape == x.shape
+    exact = old // WINDOW * WINDOW
+    assert state[3].shape[2] == old - exact
+    assert torch.equal(found[:, :, exact:], x[:, :, exact:])
+    assert old < WINDOW or not torch.equal(found[:, :, :exact], x[:, :, :exact])
+
+
+@pytest.mark.parametrize("form", [*TOKEN, *GROUPED], ids=StateForm.describe)
+def test_rows_do_not_share_a_scale(form):
+    x = numbers(1, 2, HEADS, 2 * WINDOW + 3, WIDTH)
+    x[1] *= 1000
+    both = form.append(empty(form, 2), x)
+    for row in range(2):
+        alone = form.append(empty(form, 1), x[row : row + 1])
+        assert same([tensor[row : row + 1] for tensor in both], alone)
+
+
+@pytest.mark.parametrize("form", [*TOKEN, *GROUPED], ids=StateForm.describe)
+def test_no_tensor_keeps_the_memory_of_another_alive(form):
+    state = form.append(empty(form, 1), numbers(0, 1, HEADS, 2 * WINDOW + 3, WIDTH))
+    for tensor in form.append(state, numbers(1, 1, HEADS, 9, WIDTH)):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+# --- shapes ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([*TOKEN, *GROUPED]),
+    st.sampled_from(DTYPES),
+    st.integers(0, 20),
+    st.integers(0, 20),
+)
+def test_fake_tensors_have_the_real_shapes(form, dtype, old, count):
+    state = form.append(empty(form, 2, dtype), numbers(0, 2, HEADS, old, WIDTH, dtype=dtype))
+    new = numbers(1, 2, HEADS, count, WIDTH, dtype=dtype)
+    real = [read(form, state, new), *form.append(state, new)]
+    with FakeTensorMode() as mode:
+        state, new = [mode.from_tensor(t) for t in state], mode.from_tensor(new)
+        fake = [read(form, state, new), *form.append(state, new)]
+    assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in fake]
+
+
+# --- going back, and plain data -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [StateForm(), *TOKEN], ids=StateForm.describe)
+def test_a_state_by_token_goes_back_to_any_length(form):
+    x = numbers(0, 1, HEADS, 9, WIDTH)
+    whole, part = form.append(empty(form, 1), x), form.append(empty(form, 1), x[:, :, :4])
+    assert same(form.first(whole, 4), part)
+
+
+@pytest.mark.parametrize("form", GROUPED, ids=StateForm.describe)
+def test_a_state_in_blocks_goes_back_within_its_residual(form):
+    x = numbers(0, 1, HEADS, WINDOW + 5, WIDTH)
+    whole = form.append(empty(form, 1), x)
+    shorter = form.append(empty(form, 1), x[:, :, : WINDOW + 2])
+    assert same(form.first(whole, WINDOW + 2), shorter)
+    with pytest.raises(InputError, match="only the newest 5 are in floating point"):
+        form.first(whole, WINDOW - 1)
+
+
+@pytest.mark.parametrize("form", [StateForm(), *TOKEN, *GROUPED], ids=StateForm.describe)
+def test_a_form_is_plain_data(form):
+    assert StateForm.from_dict(form.to_dict()) == form
+    spec = CacheSpec(2, (form,) * 4)
+    assert CacheSpec.from_dict(spec.to_dict()) == spec
+    assert spec.count == 4 * len(form.parts)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"dtype": "int3"}, {"group": 0}, {"window": "8"}, {"per_channel": 1}],
+)
+def test_a_damaged_form_is_refused(damage):
+    with pytest.raises(LoadError, match="damaged"):
+        StateForm.from_dict({**GROUPED[0].to_dict(), **damage})
+
+
+def test_as_many_forms_as_states():
+    with pytest.raises(LoadError, match="2 layers and 3 forms"):
+        CacheSpec.from_dict({"layers": 2, "forms": [TOKEN[0].to_dict()] * 3})
+    assert CacheSpec.from_dict({"layers": 2}).to_dict() == {"layers": 2}
