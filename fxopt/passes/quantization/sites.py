@@ -149,11 +149,7 @@ def _store(
 ) -> QuantizedWeight:
     ranges = SYMMETRIC_RANGE if choice.symmetric else INTEGER_RANGE
     dtype, low, high = ranges[choice.dtype]
-    parts = [
-        _quantize_rows(rows, choice.symmetric, block, dtype, low, high)
-        for rows in _slabs(value, block)
-    ]
-    integers, scale, zero_point = (torch.cat(column) for column in zip(*parts, strict=True))
+    integers, scale, zero_point = _quantize(value, choice.symmetric, block, dtype, low, high)
     stored = _free_name(program, f"{name}_{choice.dtype}")
     program.set_weight(stored, integers)
     program.set_weight(f"{stored}_scale", scale)
@@ -164,7 +160,7 @@ def _store(
 
 
 # Quantizing makes several temporaries as large as what it is given; a slab keeps them small.
-_SLAB_ELEMENTS = 1 << 18
+_SLAB_ELEMENTS = 1 << 16
 
 
 def _slabs(value: Tensor, block: list[int]) -> tuple[Tensor, ...]:
@@ -174,13 +170,22 @@ def _slabs(value: Tensor, block: list[int]) -> tuple[Tensor, ...]:
     return value.split(max(1, _SLAB_ELEMENTS // max(1, value.shape[1])))
 
 
-def _quantize_rows(
-    rows: Tensor, symmetric: bool, block: list[int], dtype: torch.dtype, low: int, high: int
+def _quantize(
+    value: Tensor, symmetric: bool, block: list[int], dtype: torch.dtype, low: int, high: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     ops = torch.ops.fxopt
-    scale, zero_point = ops.choose_qparams(rows, block, symmetric, low, high)
-    zero = None if symmetric else zero_point
-    return ops.quantize(rows, scale, zero, block, dtype, low, high), scale, zero_point
+    integers = torch.empty(value.shape, dtype=dtype, device=value.device)
+    qparams: list[tuple[Tensor, Tensor]] = []
+    start = 0
+    for rows in _slabs(value, block):
+        scale, zero_point = ops.choose_qparams(rows, block, symmetric, low, high)
+        zero = None if symmetric else zero_point
+        part = integers[start : start + len(rows)]
+        part.copy_(ops.quantize(rows, scale, zero, block, dtype, low, high))
+        qparams.append((scale, zero_point))
+        start += len(rows)
+    scales, zero_points = zip(*qparams, strict=True)
+    return integers, torch.cat(scales), torch.cat(zero_points)
 
 
 def _free_name(program: Program, name: str) -> str:
