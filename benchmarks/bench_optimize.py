@@ -3,7 +3,8 @@
     python benchmarks/bench_optimize.py [--layers 2 8 32] [--width 1024] [--json out]
 
 Each run is a process of its own, with verification as it is by default. Memory is the peak of
-resident memory less file pages (which are code that was used for the first time), read every 2 ms,
+resident memory less file pages (code that was used for the first time, and with `inplace` the
+replaced weights, which wait in files and which the system can drop), read every 2 ms,
 above what it is just before the call (the model is already there), divided by the model's bytes,
 plus one for the model. CPU seconds are those of all threads
 of the process: other work on the machine stretches the clock and not them.

@@ -1,10 +1,11 @@
 """What equivalent transformations do for rounding: error on MiniLM, perplexity on SmolLM2.
 
-    python benchmarks/bench_symmetry.py [--model minilm|smollm2] [--only NAME] [--write]
+    python benchmarks/bench_symmetry.py [--model NAME] [--only NAME] [--write | --seed N ...]
 
 Everything is rounded and multiplied back in floating point, so the figures are those of the
 method and not of a kernel. `--write` puts the table into docs/symmetry.md and the figures into
-benchmarks/results/symmetry.json; rows that were not measured stay as they are.
+benchmarks/results/symmetry.json; rows that were not measured stay as they are. `--seed` measures
+the rows with a rotation once for each seed of its random signs, and writes nothing.
 """
 
 import argparse
@@ -42,7 +43,15 @@ TOKEN, SHIFTED = quantized("int8", "token"), quantized("int8", "token", False)
 TENSOR = quantized("int8", "tensor", False)
 STATIC = {"granularity": "tensor", "symmetric": False}
 # What a rotation gains depends on its random signs; docs/symmetry.md says how much.
-ROTATE = ["untie", {"fold-norm": {"centre": True}}, {"rotate": {"seed": 2}}]
+SEED = 2
+
+
+def with_seed(passes: list[Any], seed: int) -> list[Any]:
+    """The same passes with other random signs."""
+    return [{"rotate": {"seed": seed}} if "rotate" in entry else entry for entry in passes]
+
+
+ROTATE = ["untie", {"fold-norm": {"centre": True}}, {"rotate": {"seed": SEED}}]
 RECIPES: dict[str, list[Any]] = {
     "W8A8 per token": [TOKEN],
     "W8A8 per token, smoothquant 0.5": ["smoothquant", TOKEN],
@@ -132,13 +141,24 @@ class SmolLM2:
         return f"{figure:.3f} ({100 * (figure / self.original - 1):+.2f} %)"
 
 
-def measure(name: str, only: str | None, console: Console) -> dict[str, Any]:
+def rows(only: str | None, seeds: list[int]) -> dict[str, list[Any]]:
+    """The recipes to measure, by title; with seeds, those that have some."""
+    chosen = {title: passes for title, passes in RECIPES.items() if (only or "") in title}
+    if not seeds:
+        return chosen
+    return {
+        f"{title}, seed {seed}": with_seed(passes, seed)
+        for title, passes in chosen.items()
+        if with_seed(passes, SEED + 1) != passes
+        for seed in seeds
+    }
+
+
+def measure(name: str, recipes: dict[str, list[Any]], console: Console) -> dict[str, Any]:
     subject = {"minilm": MiniLM, "smollm2": SmolLM2}[name]()
     figures: dict[str, Any] = {"unit": subject.unit, "original": getattr(subject, "original", 0.0)}
     console.print(f"{name}: {subject.unit}, original {figures['original']:.4f}")
-    for title, passes in RECIPES.items():
-        if only is not None and only not in title:
-            continue
+    for title, passes in recipes.items():
         started = time.perf_counter()
         figure = subject.judge(rewritten(subject.program, passes, subject.samples))
         figures[title] = {"figure": figure, "text": subject.describe(figure)}
@@ -165,13 +185,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=["minilm", "smollm2"], action="append")
     parser.add_argument("--only")
+    parser.add_argument("--seed", type=int, nargs="+", default=[])
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
+    if options.seed and options.write:
+        parser.error("--write keeps the table's own seed; leave out --seed, or --write.")
+    recipes = rows(options.only, options.seed)
+    if not recipes:
+        parser.error(f"no row to measure; the rows are: {'; '.join(RECIPES)}.")
     console = Console()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in options.model or ["minilm", "smollm2"]:
-        results[name] = {**results.get(name, {}), **measure(name, options.only, console)}
-    console.print(table(results))
+        results[name] = {**results.get(name, {}), **measure(name, recipes, console)}
+    if not options.seed:
+        console.print(table(results))
     if options.write:
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         begin, end = MARKS

@@ -20,7 +20,8 @@ from fxopt.lowering import Lowered, LoweringOptions, lower, resolve_target
 from fxopt.lowering.device import move_program
 from fxopt.pipeline.data import calibration_samples, standard_texts
 from fxopt.pipeline.lowered_check import check_lowered
-from fxopt.pipeline.manager import Expectation, Manager, Progress
+from fxopt.pipeline.manager import Expectation, Manager, Progress, ignore_replaced
+from fxopt.pipeline.parking import Parking
 from fxopt.pipeline.recipe import Recipe, presets
 from fxopt.pipeline.report import Report, build_report
 from fxopt.pipeline.tokenizer import load_tokenizer
@@ -54,8 +55,9 @@ def optimize(
         calibration: inputs like the model's own, or texts where there is a tokenizer.
         target: "auto", "reference", "cpu" or "cuda"; overrides the recipe's.
         verify: "full", "fast" or "off"; overrides the recipe's.
-        inplace: give up `model`: nothing is copied, and its weights are freed at the end, when
-            every pass and every kernel has been checked. Whatever fails, fails before that.
+        inplace: give up `model`: nothing is copied, weights that a pass replaced wait in temporary
+            files, and all are freed at the end, when every pass and every kernel has been
+            checked. Whatever fails, fails before that, and the model is as it was.
         progress: show a progress bar, or a callable that is told each stage.
 
     Returns:
@@ -68,7 +70,7 @@ def optimize(
     passes = resolved.build()
     if verify not in (None, "full", "fast", "off"):
         raise RecipeError(f"verify={verify!r}; choose 'full', 'fast' or 'off'.")
-    with bar(progress, len(passes)) as tell:
+    with bar(progress, len(passes)) as tell, Parking() as parking:
         started = time.perf_counter()
         tell("capture")
         program = capture_program(model, example_inputs)
@@ -84,13 +86,13 @@ def optimize(
                 for name, e in resolved.expect.items()
             },
             progress=tell,
+            replaced=parking.park if inplace else ignore_replaced,
         )
-        captured = program
+        parking.watch(model, program)
+        bytes_before = program.byte_count()
         program = manager.run(program, passes)
         if not inplace:
             _part_from(model, program)
-        bytes_before = captured.byte_count()
-        del captured
         release_freed_memory(bytes_before)
         tell("lower")
         lowered = lower(program, options)

@@ -28,6 +28,7 @@ GENERATIVE = [
     "whisper",
     "mixtral",
     "granitemoe",
+    "llama4",
     "gptj",
     "falcon",
 ]

@@ -169,6 +169,15 @@ def _mixtures() -> dict[str, Callable[[], nn.Module]]:
                 sliding_window=5,
             )
         ),
+        "llama4": lambda: hf.Llama4ForCausalLM(  # rotary embedding in complex numbers
+            hf.Llama4TextConfig(
+                **GROUPED,
+                head_dim=8,
+                intermediate_size_mlp=64,
+                num_local_experts=4,
+                attention_chunk_size=16,
+            )
+        ),
         "deepseekv3": lambda: hf.DeepseekV3ForCausalLM(
             hf.DeepseekV3Config(
                 **BASE,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_aggregate
 
+from fxopt.analysis.by_rows import ByRows
 from fxopt.ir.program import Program
 
 Watch = Callable[[Node, Any], None]
@@ -33,13 +34,20 @@ class _Promoted(_Watched):
     """Every floating tensor, constant and conversion is float64.
 
     Weights are promoted where they are used and freed at once, so that a model never exists a
-    second time in float64.
+    second time in float64; the largest not even one by one.
     """
+
+    def __init__(self, program: Program, watch: Watch | None) -> None:
+        super().__init__(program, watch)
+        self.by_rows = ByRows()
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return Interpreter.get_attr(self, target, args, kwargs)  # as it is stored
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = None if kwargs else self.by_rows.call(target, args)
+        if result is not None:
+            return result
         args = map_aggregate(args, promote)
         kwargs = map_aggregate(kwargs, promote)
         return super().call_function(target, args, kwargs)

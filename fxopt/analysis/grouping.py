@@ -105,10 +105,20 @@ class Grouping:
             of = self.classes.of[entry.labels]
             held = np.where(entry.labels == FIXED, -1, site_of[of])
             for number in np.unique(held[held >= 0]).tolist():
-                inside = np.nonzero(held == number)[0]
                 shape = (len(sites[number]), sites[number][0].size)
-                edits[number].append(self._edit(entry, inside, place[of[inside]], shape))
+                for inside in self._by_side(entry, np.nonzero(held == number)[0]):
+                    edits[number].append(self._edit(entry, inside, place[of[inside]], shape))
         return edits
+
+    def _by_side(self, entry: Entry, inside: Labels) -> list[Labels]:
+        """Places in a tensor, those that are multiplied apart from those that are divided.
+
+        Queries and keys of one fused weight are both.
+        """
+        if not self.factors:
+            return [inside]
+        divided = self.classes.inverse[entry.labels[inside]].astype(bool)
+        return [part for part in (inside[~divided], inside[divided]) if part.size]
 
     def _edit(self, entry: Entry, inside: Labels, place: Labels, shape: tuple[int, int]) -> Edit:
         order = inside[np.lexsort((self.sides[entry.labels[inside]], place))]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.utils import ModelOutput
 
 from fxopt.errors import CaptureError
 from fxopt.ir.cache_names import CACHE_NAMES
@@ -62,8 +63,13 @@ def cache_parameter(parameters: Collection[str]) -> str | None:
 
 def returned_cache(output: Any) -> Cache | None:
     """The cache in a model's result."""
-    found = (getattr(output, name, None) for name in CACHE_NAMES)
+    found = (getattr(output, name, None) for name in CACHE_NAMES if not _is_old(output, name))
     return next((cache for cache in found if cache is not None), None)
+
+
+def _is_old(output: Any, name: str) -> bool:
+    # transformers keeps a former name as a property of every result, which warns when it is read.
+    return isinstance(output, ModelOutput) and hasattr(ModelOutput, name)
 
 
 def tensors_from_cache(cache: Any) -> list[Tensor]:

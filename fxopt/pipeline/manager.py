@@ -32,6 +32,11 @@ def silent(stage: str, detail: str = "") -> None:
     del stage, detail
 
 
+def ignore_replaced(before: Program, after: Program) -> None:
+    """Leave what a pass replaced where it is."""
+    del before, after
+
+
 @dataclass(frozen=True)
 class Expectation:
     """What a recipe demands of a pass."""
@@ -50,12 +55,15 @@ class Manager:
         samples: makes the calibration batches, for passes that need them.
         expectations: what the recipe demands, by pass name.
         progress: told which pass is running.
+        replaced: given the program before and after a pass, when the pass has run and before it
+            is judged: for who wants to hold what it replaced elsewhere.
     """
 
     verifier: Verifier
     samples: Callable[[], Sequence[Sample]] = field(default=lambda: ())
     expectations: Mapping[str, Expectation] = field(default_factory=dict[str, Expectation])
     progress: Progress = silent
+    replaced: Callable[[Program, Program], None] = ignore_replaced
 
     def run(self, program: Program, passes: Sequence[Pass]) -> Program:
         """The program after all passes; the one given is not changed.
@@ -84,6 +92,7 @@ class Manager:
         _refuse_in_place_edits(a_pass, program, versions)
         self._finish(a_pass, working)
         self._check_expectation(a_pass, result)
+        self.replaced(program, working)
 
         def repeat(twin: Program) -> tuple[Program, PassResult]:
             outcome = a_pass.run(twin := twin.clone(), context)

@@ -65,11 +65,10 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
         A cache passed as `cache` or `past_key_values` is filled in place and returned.
 
         Raises:
-            InputError: the inputs do not fit the captured signature.
+            InputError: the inputs do not fit the captured signature, or hold two caches.
         """
         bound = bind_keywords(self.signature, args, kwargs)
-        given = [bound.pop(name) for name in CACHE_NAMES if name in bound]
-        cache: Cache | None = given[0] if given else None
+        cache = _take_cache(bound)
         source: Any = bound.pop("encoder_outputs", None)
         wants_cache = kwargs.get("use_cache")
         if self.signature.cache is None:
@@ -225,6 +224,16 @@ class _Encoder(nn.Module):
         owner: Any = self._owner
         known = {spec.name for spec in owner.signature.inputs}
         return owner.encode(**{k: v for k, v in kwargs.items() if k in known})
+
+
+def _take_cache(bound: dict[str, Any]) -> Cache | None:
+    given = {name: bound.pop(name) for name in CACHE_NAMES if name in bound}
+    if len(given) > 1:
+        raise InputError(
+            f"the call passes {' and '.join(map(repr, given))}; both are names of the one cache "
+            f"that the model continues. Pass {CACHE_NAME!r} alone."
+        )
+    return next(iter(given.values()), None)
 
 
 def pretrained_class(name: str, program: Program) -> type[OptimizedPretrainedModel]:

@@ -8,8 +8,12 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
 
+from fxopt.analysis.execution import run
 from fxopt.analysis.op_rules import known_operators, op_rule
+from fxopt.analysis.op_rules.registry import is_by_element
 from fxopt.analysis.relations import Kind, Unit
 from fxopt.analysis.symmetry import Symmetries, Symmetry, symmetries
 from fxopt.analysis.transform import apply, random_orders
@@ -162,6 +166,39 @@ def test_every_operator_lets_something_through():
 def test_an_operator_cannot_have_two_rules():
     with pytest.raises(AnalysisError, match="aten.relu.default has two op rules; remove one"):
         op_rule(aten.relu.default)(lambda relations, node: relations.fixed(1))
+
+
+def check_place_by_place(node: Node, values: dict[Node, Any]) -> None:
+    """Another value at the first place of an operand moves nothing at the others."""
+    result = values[node]
+    tensors = [n for n in node.all_input_nodes if isinstance(values[n], Tensor)]
+    for operand in tensors:
+        for axis in range(-min(values[operand].dim(), result.dim()), 0):
+            size = result.shape[axis]
+            if values[operand].shape[axis] != size or size == 1:
+                continue
+            other = values[operand].clone()
+            other.select(axis, 0).copy_(values[operand].select(axis, 1))
+            seen = {**values, operand: other}
+            args, kwargs = map_arg((node.args, node.kwargs), seen.__getitem__)
+            moved = node.target(*args, **kwargs)
+            rest = (axis, 1, size - 1)
+            assert torch.equal(moved.narrow(*rest), result.narrow(*rest)), f"{node} on {axis}"
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if is_by_element(s.target)], ids=str)
+def test_what_is_marked_by_element_reads_its_own_place_only(sample):
+    bench = Bench(Sizes(2, 3, 4, 2, 2, 4), 0, positive=sample.positive)
+    program = bench.finish(*sample.build(bench))
+    values: dict[Node, Any] = {}
+    run(program, bench.inputs, values.__setitem__)
+    for node in program.nodes(sample.target):
+        check_place_by_place(node, values)
+
+
+def test_rules_of_other_kinds_are_not_marked():
+    others = (aten.softmax.int, aten.linear.default, aten.unsqueeze.default, aten.sum.dim_IntList)
+    assert not any(is_by_element(target) for target in (*others, aten.cumsum.default))
 
 
 @settings(PROVE)

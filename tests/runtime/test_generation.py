@@ -71,6 +71,7 @@ def test_results_have_the_models_type_and_no_cache_unless_wanted():
         ({"input_ids": torch.zeros(1, 3)}, "torch.float32; the program takes torch.int64"),
         ({"attention_mask": torch.ones(2, 3).long()}, "'attention_mask'"),
         ({CACHE_NAME: hf.StaticCache(hf.LlamaConfig(), 8)}, "continues DynamicCache"),
+        ({name: DynamicCache() for name in CACHE_NAMES}, "'cache' and 'past_key_values'"),
     ],
 )
 def test_bad_calls(kwargs, message):
@@ -78,6 +79,14 @@ def test_bad_calls(kwargs, message):
     inputs = {"input_ids": torch.randint(3, 99, (1, 3)), **kwargs}
     with pytest.raises(InputError, match=message):
         optimized(**inputs)
+
+
+@torch.no_grad()
+def test_one_cache_beside_the_other_name_left_empty():
+    _, optimized = pair("llama")
+    filled = DynamicCache()
+    optimized(torch.randint(3, 99, (1, 3)), cache=filled, past_key_values=None)
+    assert filled.get_seq_length() == 3
 
 
 def test_no_input_at_all():

@@ -13,6 +13,9 @@ from fxopt.analysis.relations import FIXED, Entry, Kind, Labels, Relations, Unit
 
 fxopt = torch.ops.fxopt
 
+# Why a kv head stays where query heads change places.
+WHOLE_GROUP = "a kv head moves only with its whole group"
+
 
 @op_rule(fxopt.attention.default)
 def attention(relations: Relations, node: Node) -> Labels:
@@ -73,7 +76,7 @@ def _move_heads(relations: Relations, grids: list[Labels], mask: Any, sinks: Any
         relations.couple(q, np.repeat(k, group))
         relations.row(k[None])
     else:
-        relations.fix(k, "a kv head moves only with its whole group")
+        relations.fix(k, WHOLE_GROUP)
         relations.row(q.reshape(-1, group))
     for extra, axis in ((mask, 1), (sinks, 0)):
         if extra is not None:

@@ -1,12 +1,10 @@
 """Values that are the same all along an axis, whatever their shape says."""
 
-from typing import Any
-
 import torch
 from torch.fx import Node
 
-from fxopt.analysis.op_rules import elementwise
-from fxopt.analysis.op_rules.registry import rule_of
+from fxopt.analysis.op_rules.elementwise import is_tensor
+from fxopt.analysis.op_rules.registry import is_by_element
 from fxopt.analysis.relations import sizes
 from fxopt.ir.program import Program
 
@@ -44,15 +42,13 @@ def _sources(program: Program, node: Node, axis: int) -> list[Node] | None:
     if stored is not None:
         return [] if bool((stored == stored.narrow(axis, 0, 1)).all()) else None
     if _by_element(node, axis):
-        return [source for source in node.all_input_nodes if elementwise.is_tensor(source)]
+        return [source for source in node.all_input_nodes if is_tensor(source)]
     return None
 
 
 def _by_element(node: Node, axis: int) -> bool:
     """Whether a place of the axis, counted from the end, depends on that place of operands only."""
-    rule: Any = rule_of(node.target)
     if node.target is aten.unsqueeze.default:
         rank, added = len(sizes(node)), int(node.args[1])  # type: ignore[arg-type]
         return added % rank < rank + axis
-    by_element = rule is not None and rule.__module__ == elementwise.__name__
-    return by_element or node.target is aten.expand.default
+    return is_by_element(node.target)

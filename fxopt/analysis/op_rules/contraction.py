@@ -1,5 +1,6 @@
 """Operators that sum over an axis: linear, embedding, convolution, matmul, experts, reductions."""
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,9 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.op_rules.broadcast import FACTORS, dropped, moving_axis, rows_along, shared
-from fxopt.analysis.op_rules.elementwise import block
+from fxopt.analysis.op_rules.elementwise import block, is_tensor
 from fxopt.analysis.op_rules.registry import op_rule
-from fxopt.analysis.relations import Kind, Labels, Relations, Unit, sizes
+from fxopt.analysis.relations import FIXED, Kind, Labels, Relations, Unit, sizes
 
 aten = torch.ops.aten
 fxopt = torch.ops.fxopt
@@ -26,8 +27,27 @@ def _along(labels: Labels, rank: int, axis: int) -> Labels:
     return labels.reshape(shape)
 
 
-def _read(relations: Relations, x: Labels, weight: Any, axis: int, column: int) -> bool:
-    """`weight` takes up along its axis `column` what changes along `axis` of x, inversely."""
+def _source_that_stays(relations: Relations, node: Node) -> str:
+    """Where what cannot change comes from: the operator that passes nothing on, or an input."""
+    while node.op != "placeholder":
+        if node.target is operator.getitem:
+            node = node.args[0]  # type: ignore[assignment]
+        sources = [n for n in node.all_input_nodes if is_tensor(n) and not _stored(n)]
+        fixed = (n for n in sources if bool((relations.labels(n) == FIXED).all()))
+        following = next(fixed, None)
+        if following is None:
+            return f"comes out of {node.target}"
+        node = following
+    return f"comes from the input {node.name!r}"
+
+
+def _read(
+    relations: Relations, source: Node, x: Labels, weight: Any, axis: int, column: int
+) -> bool:
+    """`weight` takes up along its axis `column` what changes along `axis` of x, inversely.
+
+    `x` are the labels of `source`.
+    """
     if relations.kind is Kind.CENTRE:
         relations.fix(x, "its mean is read")
         read = relations.weight_axes(weight, (column,))
@@ -37,7 +57,9 @@ def _read(relations: Relations, x: Labels, weight: Any, axis: int, column: int) 
     if given is None:
         return False
     taken = relations.weight_axes(weight, (column,))
-    why = "what it reads comes through a nonlinear function, or from outside, and cannot change"
+    why = ""
+    if bool((given == FIXED).any()):
+        why = f"what it reads {_source_that_stays(relations, source)} and cannot change"
     relations.couple(given, taken, inverse=relations.kind is Kind.SCALE, why=why)
     return True
 
@@ -50,7 +72,7 @@ def linear(relations: Relations, node: Node) -> Labels:
     if not _stored(weight) or (bias is not None and not _stored(bias)):
         return block(relations, node, "its weight is computed in the graph")
     labels = relations.labels(x)
-    if not _read(relations, labels, weight, labels.ndim - 1, 1):
+    if not _read(relations, x, labels, weight, labels.ndim - 1, 1):
         # Whole heads pass through a linear that is the same for each of them.
         for held in (0, 1):
             relations.fix(
@@ -84,7 +106,7 @@ def convolution(relations: Relations, node: Node) -> Labels:
     labels = relations.labels(x)
     for axis in range(2, labels.ndim):
         labels = relations.collapse(labels, axis)
-    if not _read(relations, labels, weight, 1, 1):
+    if not _read(relations, x, labels, weight, 1, 1):
         return block(relations, node, "a convolution mixes all of it")
     out = relations.weight_axes(weight, (0,))
     if bias is not None:
@@ -138,7 +160,7 @@ def experts(relations: Relations, node: Node) -> Labels:
         return block(relations, node, "its weights are computed in the graph")
     for routing in (chosen, mixing):
         relations.fix(relations.labels(routing), "it chooses and weighs the experts")
-    if not _read(relations, relations.labels(x), up, 1, 2):
+    if not _read(relations, x, relations.labels(x), up, 1, 2):
         return block(relations, node, "every head reads the same experts")
     out = relations.weight_axes(down, (1,))
     if down_bias is not None:

@@ -32,7 +32,7 @@ def block(relations: Relations, node: Node, text: str) -> Labels:
 # --- sums and products --------------------------------------------------------------------------
 
 
-@op_rule(aten.add.Tensor, aten.sub.Tensor)
+@op_rule(aten.add.Tensor, aten.sub.Tensor, by_element=True)
 def add(relations: Relations, node: Node) -> Labels:
     """X + y: both operands and the result change alike."""
     a, b = node.args[0], node.args[1]
@@ -65,14 +65,14 @@ def _weight_behind(node: Node) -> Node | None:
     return node if node.op == "get_attr" else None
 
 
-@op_rule(aten.mul.Tensor)
+@op_rule(aten.mul.Tensor, by_element=True)
 def mul(relations: Relations, node: Node) -> Labels:
     """X y: factors multiply, places meet."""
     operands = [argument for argument in node.args[:2] if is_tensor(argument)]
     return join(relations, operands, len(sizes(node)), multiply=True)
 
 
-@op_rule(aten.div.Tensor)
+@op_rule(aten.div.Tensor, by_element=True)
 def div(relations: Relations, node: Node) -> Labels:
     """X / y: as a product for places; factors pass only where the divisor has none."""
     operands = [argument for argument in node.args[:2] if is_tensor(argument)]
@@ -84,7 +84,7 @@ def div(relations: Relations, node: Node) -> Labels:
     return join(relations, operands, len(sizes(node)), multiply=True)
 
 
-@op_rule(aten.where.self)
+@op_rule(aten.where.self, by_element=True)
 def where(relations: Relations, node: Node) -> Labels:
     """C ? x : y: both choices change alike, and the condition changes place with them."""
     rank = len(sizes(node))
@@ -97,7 +97,7 @@ def where(relations: Relations, node: Node) -> Labels:
     return join(relations, [*choices, condition], rank, multiply=False)
 
 
-@op_rule(aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar)
+@op_rule(aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar, by_element=True)
 def fill(relations: Relations, node: Node) -> Labels:
     """C ? x : number: a factor passes where the number is zero, or infinite and it is positive."""
     tensors = [argument for argument in node.args if is_tensor(argument)]
@@ -140,12 +140,12 @@ for _target in (
     aten.alias.default,
     aten.lift_fresh_copy.default,
 ):
-    op_rule(_target)(unary(*_LINEAR))
+    op_rule(_target, by_element=True)(unary(*_LINEAR))
 for _target in (aten.relu.default, aten.leaky_relu.default):  # f(s x) = s f(x) for s > 0
-    op_rule(_target)(unary(Kind.SCALE))
-op_rule(aten.abs.default)(unary(Kind.SCALE))
+    op_rule(_target, by_element=True)(unary(Kind.SCALE))
+op_rule(aten.abs.default, by_element=True)(unary(Kind.SCALE))
 for _target in (aten.tanh.default, aten.sin.default, aten.erf.default):  # f(-x) = -f(x)
-    op_rule(_target)(unary(Kind.SIGN))
+    op_rule(_target, by_element=True)(unary(Kind.SIGN))
 for _target in (
     aten.gelu.default,
     aten.silu.default,
@@ -173,10 +173,10 @@ for _target in (
     aten.gt.Scalar,
     aten.ge.Scalar,
 ):
-    op_rule(_target)(unary())
+    op_rule(_target, by_element=True)(unary())
 
 
-@op_rule(aten.to.dtype)
+@op_rule(aten.to.dtype, by_element=True)
 def convert(relations: Relations, node: Node) -> Labels:
     """A change of dtype: linear between floating types."""
     labels = relations.labels(node.args[0])
@@ -196,6 +196,7 @@ def convert(relations: Relations, node: Node) -> Labels:
     aten.gt.Tensor,
     aten.logical_and.default,
     aten.logical_or.default,
+    by_element=True,
 )
 def compare(relations: Relations, node: Node) -> Labels:
     """f(x, y) element by element: places pass."""

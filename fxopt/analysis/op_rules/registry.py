@@ -6,6 +6,7 @@ An operator without a rule blocks: whatever it reads may not change.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
@@ -15,10 +16,26 @@ from fxopt.analysis.relations import Labels, Relations
 from fxopt.errors import AnalysisError
 
 OpRule = Callable[[Relations, Node], Labels | list[Labels]]
-_TABLE: dict[Any, OpRule] = {}
 
 
-def op_rule(*targets: Any) -> Callable[[OpRule], OpRule]:
+@dataclass(frozen=True)
+class Entry:
+    """What the table says of an operator.
+
+    Attributes:
+        rule: how the labels of its operands and results are related.
+        by_element: each place of the result is computed from that place of its operands alone,
+            where shapes are aligned at the last axis and an axis of size one stands for any place.
+    """
+
+    rule: OpRule
+    by_element: bool = False
+
+
+_TABLE: dict[Any, Entry] = {}
+
+
+def op_rule(*targets: Any, by_element: bool = False) -> Callable[[OpRule], OpRule]:
     """Enter a rule for some operators.
 
     Raises:
@@ -29,7 +46,7 @@ def op_rule(*targets: Any) -> Callable[[OpRule], OpRule]:
         for target in targets:
             if target in _TABLE:
                 raise AnalysisError(f"{target} has two op rules; remove one of them.")
-            _TABLE[target] = rule
+            _TABLE[target] = Entry(rule, by_element)
         return rule
 
     return enter
@@ -37,7 +54,14 @@ def op_rule(*targets: Any) -> Callable[[OpRule], OpRule]:
 
 def rule_of(target: Any) -> OpRule | None:
     """The rule of an operator, or None."""
-    return _TABLE.get(target)
+    entry = _TABLE.get(target)
+    return None if entry is None else entry.rule
+
+
+def is_by_element(target: Any) -> bool:
+    """Whether an operator is known to work place by place."""
+    entry = _TABLE.get(target)
+    return entry is not None and entry.by_element
 
 
 def known_operators() -> list[Any]:

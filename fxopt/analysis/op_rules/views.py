@@ -97,7 +97,7 @@ def _heads_first(relations: Relations, labels: Labels) -> Labels:
     return labels
 
 
-@op_rule(aten.expand.default)
+@op_rule(aten.expand.default, by_element=True)
 def expand(relations: Relations, node: Node) -> Labels:
     """A value repeated: its labels do not depend on where."""
     labels = relations.labels(node.args[0])

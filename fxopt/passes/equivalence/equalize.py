@@ -23,6 +23,12 @@ from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
 from fxopt.passes.equivalence.changes import Changes
 
 
+_ONE_SIDE = (
+    "no other weight takes its factors up inversely, so there is no second range to make equal to "
+    "its own"
+)
+
+
 @register("equalize")
 @dataclass(frozen=True)
 class Equalize(Pass):
@@ -44,6 +50,9 @@ class Equalize(Pass):
         """Go over all sites until no channel moves by more than the tolerance."""
         found = symmetries(program, Kind.SCALE)
         changes = Changes(program)
+        for symmetry in found:
+            if len({edit.inverse for edit in symmetry.weights}) < 2:
+                changes.refuse(_names(symmetry), _ONE_SIDE)
         total: dict[int, Tensor] = {}
         for iteration in range(self.iterations):
             moved = 0.0
@@ -59,6 +68,12 @@ class Equalize(Pass):
                 break
         changes.sites = list({site.path + site.detail: site for site in changes.sites}.values())
         return changes.result(found.refusals)
+
+
+def _names(symmetry: Symmetry) -> str:
+    names = [edit.name for edit in symmetry.weights]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _factors(program: Program, symmetry: Symmetry) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxopt.analysis.op_rules.attention import WHOLE_GROUP
 from fxopt.analysis.relations import Kind, Unit
 from fxopt.analysis.symmetry import Edit, Symmetry, symmetries
 from fxopt.errors import RecipeError
-from fxopt.ir.program import Level, Program
+from fxopt.ir.program import Level, Program, Refusal
 from fxopt.passes.base import Context, Exactness, Pass, PassResult
 from fxopt.passes.equivalence.changes import Changes
 from fxopt.passes.equivalence.order import choose_order
@@ -59,8 +60,9 @@ class Permutation(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         """Put every axis of the role in its order."""
         changes = Changes(program)
-        refusals: dict[tuple[str, str], Any] = {}
+        refusals: dict[tuple[str, str], Refusal] = {}
         known: set[str] = set()
+        moved: set[str] = set()  # weights whose groups changed place as a whole
         seen: set[str] = set()  # with one query head per kv head, a head is its own group
         for unit in self.units:
             found = symmetries(program, Kind.PERMUTE, unit, self.restored(program))
@@ -70,22 +72,25 @@ class Permutation(Pass):
                 seen.add(str(symmetry))
                 known.add(symmetry.path)
                 context.progress(symmetry.path)
-                self._permute(program, changes, symmetry)
+                if self._permute(program, changes, symmetry) and unit is Unit.GROUP:
+                    moved |= {edit.name for edit in symmetry.weights}
             refusals |= {(r.site, r.reason): r for r in found.refusals}
         self._check_given(known)
-        return changes.result(refusals.values())
+        left = (r for r in refusals.values() if not _moved_after_all(r, moved))
+        return changes.result(left)
 
-    def _permute(self, program: Program, changes: Changes, symmetry: Symmetry) -> None:
+    def _permute(self, program: Program, changes: Changes, symmetry: Symmetry) -> bool:
         given = self.orders.get(symmetry.path)
         if self.by == "given" and given is None:
             changes.refuse(symmetry.path, "no order was given for it")
-            return
+            return False
         order = choose_order(program, symmetry, self.by, self.group, self.seed, given)
         if torch.equal(order, torch.arange(symmetry.size).expand_as(order)):
-            return
+            return False
         blocks = f"{symmetry.blocks} blocks of " if symmetry.blocks > 1 else ""
         changes.apply(symmetry, order, f"{blocks}{symmetry.size} {self.role} coordinates reordered")
         reorder_graph(program, symmetry.edits, order, self.name)
+        return True
 
     def _check_given(self, known: Iterable[str]) -> None:
         unknown = sorted(set(self.orders) - set(known))
@@ -94,6 +99,13 @@ class Permutation(Pass):
                 f"{self.name}: there is no {self.role} axis written by {unknown[0]!r}; there are "
                 f"{', '.join(sorted(known)) or 'none'}."
             )
+
+
+def _moved_after_all(refusal: Refusal, moved: set[str]) -> bool:
+    """Whether a kv head that did not move alone moved with its group."""
+    return refusal.reason.startswith(WHOLE_GROUP) and not moved.isdisjoint(
+        refusal.site.split(", ")
+    )
 
 
 def reorder_graph(program: Program, edits: Iterable[Edit], order: Tensor, made_by: str) -> None:

@@ -24,7 +24,7 @@ ops = torch.ops.fxopt
 _SHRINK = [1 - step / 50 for step in range(31)]
 # Grids make several temporaries as large as what they are given; some rows at a time keep them
 # small.
-_SLAB_ELEMENTS = 1 << 18
+_SLAB_ELEMENTS = 1 << 16
 
 # What rounding a tensor [rows, in] to the second one costs, for each block.
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -110,8 +110,11 @@ def encode_by_rows(grid: Grid, x: Tensor) -> Tensor:
     """`grid.encode`, some rows at a time where no block spans rows."""
     if grid.block[0] != 1 or x.shape[0] == 0:
         return grid.encode(x)
+    codes = torch.empty(x.shape, dtype=grid.format.storage, device=x.device)
     rows = max(1, _SLAB_ELEMENTS // max(1, x.shape[1]))
-    return torch.cat([_rows(grid, i, i + rows).encode(x[i : i + rows]) for i in range(0, len(x), rows)])
+    for i in range(0, len(x), rows):
+        codes[i : i + rows] = _rows(grid, i, i + rows).encode(x[i : i + rows])
+    return codes
 
 
 def _rows(grid: Grid, first: int, last: int) -> Grid:

@@ -1,11 +1,14 @@
 """Cross-layer equalization."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fxopt.analysis.relations import Kind
-from fxopt.analysis.symmetry import symmetries
+from fxopt.analysis.symmetry import Symmetries, symmetries
 from fxopt.errors import RecipeError
+from fxopt.passes.base import Context
 from fxopt.passes.equivalence.equalize import Equalize, _factors
 from tests.passes.equivalence.harness import canonical, idempotent, run, sites
 
@@ -31,6 +34,34 @@ def test_channels_of_zeros_stay():
     after = run(before, Equalize())
     assert torch.isfinite(after.weight(name)).all()
     assert not after.weight(name)[3].any()
+
+
+@pytest.mark.parametrize("model", ["gpt2", "phi3"])
+def test_queries_and_keys_of_one_weight_are_two_sides(model):
+    """Their rows stand in one tensor, and one is divided where the other is multiplied."""
+    before = canonical(model)
+    fused = [s for s in symmetries(before, Kind.SCALE) if s.role == "query_key"]
+    assert fused
+    for symmetry in fused:
+        assert {edit.inverse for edit in symmetry.weights} == {False, True}
+        assert float(_factors(before, symmetry).log().abs().max()) > 0.01
+    after = run(before, Equalize(iterations=40))
+    assert {symmetry.path for symmetry in fused} <= set(sites(after))
+
+
+def test_an_axis_with_one_side_is_refused_with_the_reason(monkeypatch):
+    found = symmetries(canonical("llama"), Kind.SCALE)
+    alone = replace(found.found[0], edits=found.found[0].weights[:1])
+    monkeypatch.setattr(
+        "fxopt.passes.equivalence.equalize.symmetries",
+        lambda *_: Symmetries(Kind.SCALE, found.unit, [alone]),
+    )
+    program = canonical("llama").clone()
+    result = Equalize().run(program, Context())
+    assert not result.sites
+    (refusal,) = result.refusals
+    assert refusal.site == alone.weights[0].name
+    assert "no second range to make equal" in refusal.reason
 
 
 def test_options_are_checked():

@@ -29,7 +29,7 @@ def test_post_norms_ride_and_say_why():
     assert sum("scale folded" in detail for detail in done) == 2  # v -> o
     riding = [detail for detail in done if "rides" in detail]
     assert sum("a norm measures all of it together" in detail for detail in riding) == 4
-    assert sum("comes through a nonlinear function" in detail for detail in riding) == 2
+    assert sum("comes out of aten.gelu.default" in detail for detail in riding) == 2
 
 
 def test_riding_can_be_refused():
