@@ -39,7 +39,7 @@ class Calibration:
     """A statistic of activations that a pass needs gathered before it runs.
 
     Attributes:
-        statistic: "minimum", "maximum", "mean_abs" or "rows".
+        statistic: "minimum", "maximum", "mean_abs", "rows" or "tokens".
         rows: for "rows": how many tokens are kept of each activation.
     """
 
