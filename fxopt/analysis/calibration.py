@@ -64,7 +64,8 @@ def collect(
 
     Returns:
         {"minimum", "maximum", "mean_abs": {node: [channels]}, "rows": {node: [at most about
-        `rows`, channels]}}; the rows are spread evenly over the data.
+        `rows`, channels]}, "tokens": {node: []}}; the rows are spread evenly over the data, and
+        "tokens" is from how many the ranges are.
 
     Raises:
         CalibrationError: there was no data, or an activation was not finite.
@@ -87,6 +88,7 @@ def collect(
         "maximum": statistics.high,
         "mean_abs": mean,
         "rows": kept,
+        "tokens": {name: torch.tensor(count) for name, count in statistics.count.items()},
     }
 
 

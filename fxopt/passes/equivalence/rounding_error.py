@@ -28,6 +28,7 @@ class Rounding:
     high: Tensor
     granularity: str  # "token" or "tensor"
     symmetric: bool
+    tokens: int  # that gave low and high
 
     @cached_property
     def outputs(self) -> list[Tensor]:
@@ -94,7 +95,7 @@ def expected_error(rounding: Rounding, scale: Tensor) -> Tensor:
         rounding.token_weights,
         strict=True,
     ):
-        weight_step = _reach(magnitude, scale) / _HIGH
+        weight_step = largest(magnitude, scale) / _HIGH
         of_activation = (counts * activation_step.square()).sum() * (columns @ scale.square())
         of_weight = (rows @ scale.pow(-2)) * weight_step.square().sum()
         total = total + of_activation + of_weight
@@ -103,12 +104,12 @@ def expected_error(rounding: Rounding, scale: Tensor) -> Tensor:
 
 def _activation_step(rounding: Rounding, inverse: Tensor) -> Tensor:
     """The distance of two rounded values, for each token or (of size one) for all of them."""
-    reaches = [_reach(end, inverse).clamp_min(0) for end in rounding.ends]
+    reaches = [largest(end, inverse).clamp_min(0) for end in rounding.ends]
     span = 2 * reaches[0] if rounding.symmetric else reaches[0] + reaches[1]
     return span / rounding.steps
 
 
-def _reach(values: Tensor, scale: Tensor) -> Tensor:
+def largest(values: Tensor, scale: Tensor) -> Tensor:
     """The largest of values [n, d] times scale [d] in each row; a gradient reaches that one alone."""
     with torch.no_grad():
         places = (values * scale).argmax(1)

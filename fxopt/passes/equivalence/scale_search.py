@@ -1,16 +1,18 @@
 """Search the per-channel scale at which the rounded linears of one site err least.
 
-    s* = argmin over s of E(s),    s = exp(z),    z by Adam from the best given scale
+    s* = argmin over s of E(s) + C(s),    s = exp(z),    z by Adam from the best given scale
 
-E is the expected error, which is differentiable and needs no product of matrices; what is found
-is kept only if it rounds better than no scale and than the start.
+E is the expected error of rounding and C, for a static range, that of cutting off new tokens; both
+are differentiable and need no product of matrices. What is found is kept only if, with E measured
+by rounding, it errs less than no scale and than the start.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from fxopt.passes.equivalence.clipping import Clipping
 from fxopt.passes.equivalence.rounding_error import Rounding, expected_error, rounding_error
 from fxopt.passes.equivalence.smoothing import SmoothingSite
 
@@ -22,12 +24,23 @@ def best_scale(
     rounding: Rounding, site: SmoothingSite, candidates: Sequence[Tensor]
 ) -> Tensor | None:
     """The best of no scale, the candidates [d] and what descent finds from the best of them."""
-    start = min(candidates, key=lambda scale: float(expected_error(rounding, scale.float())))
-    found = _descend(rounding, site, start)
-    return min([None, start, found], key=lambda scale: rounding_error(rounding, scale))
+    clipping = Clipping(rounding)
+
+    def expected(scale: Tensor) -> Tensor:
+        scale = scale.float()
+        return expected_error(rounding, scale) + clipping.error(scale)
+
+    def measured(scale: Tensor | None) -> float:
+        factors = torch.ones_like(rounding.low) if scale is None else scale.float()
+        return rounding_error(rounding, scale) + float(clipping.error(factors))
+
+    start = min(candidates, key=lambda scale: float(expected(scale)))
+    return min([None, start, _descend(expected, site, start)], key=measured)
 
 
-def _descend(rounding: Rounding, site: SmoothingSite, start: Tensor) -> Tensor:
+def _descend(
+    expected: Callable[[Tensor], Tensor], site: SmoothingSite, start: Tensor
+) -> Tensor:
     coordinates = start if site.symmetry is None else site.gather(start)
     logarithm = coordinates.log().float().requires_grad_(True)
     adam = torch.optim.Adam([logarithm], lr=RATE)
@@ -36,7 +49,7 @@ def _descend(rounding: Rounding, site: SmoothingSite, start: Tensor) -> Tensor:
     with torch.enable_grad():
         for _ in range(STEPS):
             scale = logarithm.exp() if site.symmetry is None else site.spread(logarithm.exp())
-            error = expected_error(rounding, scale.float())
+            error = expected(scale)
             if (value := error.item()) < least:
                 best, least = scale.detach().double(), value
             adam.zero_grad()

@@ -6,7 +6,8 @@ Shapes: x [..., d], over all calibration tokens; W [n, d], over all linears that
     Channels that share a coordinate (a kv head's channel over its query heads) share s.
 Exactness: equal over the reals. Deviations: the inputs of o and down projections are smoothed
     too; with alpha "auto" each site goes on from its best alpha to the scales at which its rounded
-    linears err least (see scale_search).
+    linears err least (see scale_search). With granularity "tensor" that error counts what a static
+    range will cut off from tokens that calibration did not see (see clipping).
 Source: Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for Large
     Language Models, ICML 2023, arXiv:2211.10438.
 """
@@ -53,9 +54,10 @@ class SmoothQuant(Pass):
             raise RecipeError(f"alpha {self.alpha} is not between 0 and 1, nor 'auto'.")
 
     def needs(self) -> tuple[Calibration, ...]:
-        """The reach of every linear's input; for "auto", some of its rows too."""
+        """The reach of every linear's input; for "auto", some of its rows too, and of how many tokens."""
         ranges = (Calibration("minimum"), Calibration("maximum"))
-        return (*ranges, Calibration("rows", ROWS)) if self.alpha == "auto" else ranges
+        searched = (Calibration("rows", ROWS), Calibration("tokens"))
+        return (*ranges, *searched) if self.alpha == "auto" else ranges
 
     def observed(self, program: Program) -> list[Node]:
         """The activations that linears read."""
@@ -85,13 +87,15 @@ class SmoothQuant(Pass):
         reach, columns = torch.maximum(-low, high), site.reader.column_reach(program)
         if self.alpha != "auto":
             return _smooth(site, reach, columns, self.alpha)
+        name = site.reader.source.name
         rounding = Rounding(
-            rows=context.statistics["rows"][site.reader.source.name],
+            rows=context.statistics["rows"][name],
             weights=[program.weight(name).float() for name in site.reader.weights],
             low=low.float(),
             high=high.float(),
             granularity=self.granularity,
             symmetric=self.symmetric,
+            tokens=int(context.statistics["tokens"][name]),
         )
         return best_scale(rounding, site, [_smooth(site, reach, columns, a) for a in ALPHAS])
 

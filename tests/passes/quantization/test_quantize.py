@@ -535,6 +535,7 @@ def test_statistics_are_per_channel_over_real_tokens_of_all_batches():
     name = program.nodes(aten.linear.default)[0].args[0].name
     assert torch.equal(statistics["minimum"][name], rows.amin(0))
     assert torch.equal(statistics["maximum"][name], rows.amax(0))
+    assert int(statistics["tokens"][name]) == len(rows)
     assert set(statistics["minimum"]) == {n.name for n in linear_inputs(program)}
 
 
