@@ -42,7 +42,7 @@ def _source_that_stays(relations: Relations, node: Node) -> str:
 
 
 def _read(
-    relations: Relations, source: Node, x: Labels, weight: Any, axis: int, column: int
+    relations: Relations, source: Any, x: Labels, weight: Any, axis: int, column: int
 ) -> bool:
     """`weight` takes up along its axis `column` what changes along `axis` of x, inversely.
 
