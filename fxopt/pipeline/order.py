@@ -11,7 +11,7 @@ from fxopt.pipeline.problems import Problem
 
 def order_problems(built: Sequence[Pass | None]) -> list[Problem]:
     """What is wrong with an order of passes; None stands for one that could not be built."""
-    return [*_declared_order(built), *_levels(built), *_repeats(built)]
+    return [*_declared_order(built), *_rounding(built), *_levels(built), *_repeats(built)]
 
 
 def _declared_order(built: Sequence[Pass | None]) -> list[Problem]:
@@ -24,6 +24,20 @@ def _declared_order(built: Sequence[Pass | None]) -> list[Problem]:
         for verb, names in (("after", later & {*item.after}), ("before", earlier & {*item.before})):
             for name in sorted(names - {item.name}):
                 reason = f"{item.name} must run {verb} {name}; exchange them."
+                problems.append(Problem(f"passes[{index}].{item.name}", reason))
+    return problems
+
+
+def _rounding(built: Sequence[Pass | None]) -> list[Problem]:
+    """What must run before `quantize` must run before every pass that rounds, by whatever name."""
+    problems: list[Problem] = []
+    for index, item in enumerate(built):
+        if item is None or "quantize" not in item.before:
+            continue
+        for other in built[:index]:
+            declared = other is None or other.name in item.before or item.name in other.after
+            if not declared and other.output_level is Level.QUANTIZED:
+                reason = f"{item.name} must run before {other.name}; exchange them."
                 problems.append(Problem(f"passes[{index}].{item.name}", reason))
     return problems
 

@@ -1,5 +1,6 @@
 import pytest
 
+from fxopt.errors import RecipeError
 from fxopt.pipeline.recipe import Recipe, presets
 
 
@@ -35,3 +36,30 @@ def test_cache_presets_leave_the_weights_alone(name, dtype):
     _, quantize_cache = presets()[name].build()
     options = quantize_cache.options()
     assert (options["dtype"], options["group"], options["window"]) == (dtype, 32, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("w4a16", ["quantize"]),
+        ("w4a16-gptq", ["gptq"]),
+        ("w4a16-awq", ["awq-scale", "quantize"]),
+        ("w4a8-gptq", ["gptq", "quantize"]),
+    ],
+)
+def test_four_bit_presets_round_in_groups_of_64_and_leave_the_head(name, passes):
+    built = presets()[name].build()[1:]
+    assert [item.name for item in built] == passes
+    for item in built:
+        options = item.options()
+        if options["weights"] is not None:
+            assert (options["weights"]["dtype"], options["weights"]["group_size"]) == ("int4", 64)
+        assert item.name == "awq-scale" or options["exclude"] == ("lm_head",)
+
+
+@pytest.mark.parametrize("name", ["smoothquant", "awq-scale", "rotate", "equalize", "permute-ffn"])
+@pytest.mark.parametrize("rounding", ["quantize", "gptq"])
+def test_what_runs_before_quantize_runs_before_every_pass_that_rounds(name, rounding):
+    with pytest.raises(RecipeError, match=f"{name} must run before {rounding}; exchange them"):
+        Recipe.resolve(["canonicalize", rounding, name])
+    Recipe.resolve(["canonicalize", name, rounding])

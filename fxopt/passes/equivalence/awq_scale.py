@@ -1,13 +1,16 @@
 """AWQ scales: protect the columns of weights that large activations meet.
 
     s_j = mean|x_j|^ratio, divided by sqrt(max s min s),    y = (x / s) (W diag(s))^T
-    ratio "auto": the one of 0, 0.05, ... 0.95 with the least || X (Q(W diag(s)) diag(1/s) - W)^T ||^2
+    ratio "auto": the one of 0, 0.05, ... 0.95 with the least
+    sum_t c_t || x_t (Q(W diag(s)) diag(1/s) - W)^T ||^2,    c_t = 1 / (||y_t||^2 + median ||y||^2)
 
-Shapes: x [..., d] over all calibration tokens, X some of them; s [d]; W [n, d], over all linears
-    that read x.
+Shapes: x [..., d] over all calibration tokens, x_t some of them; s [d]; W [n, d], over all linears
+    that read x; y_t their outputs. For "auto" the mean is weighted by sqrt(c_t): a token whose
+    activations are massive would else be the only one that counts.
 Exactness: equal over the reals. `weights` says how the weights will be rounded: the same as in
     `quantize` or `gptq`, which follow. Ratio 0 is among the candidates, so that no site errs more
-    than without a scale. Deviation: the error is that of the linears, not of their block.
+    than without a scale. Deviations: the error is that of the
+    linears, not of their block; the weights c_t.
 Source: Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and
     Acceleration, MLSys 2024, arXiv:2306.00978.
 """
@@ -45,16 +48,15 @@ class AwqScale(Pass):
     exactness = Exactness.EQUIVALENT
     input_level = Level.CANONICAL
     after = ("canonicalize", "rotate", "equalize")
-    before = ("quantize", "gptq")
+    before = ("quantize",)
 
     def __post_init__(self) -> None:
         if self.ratio != "auto" and not 0 <= self.ratio <= 1:
             raise RecipeError(f"ratio {self.ratio} is not between 0 and 1, nor 'auto'.")
 
     def needs(self) -> tuple[Calibration, ...]:
-        """The mean of |x| per channel of every linear's input; for "auto", some rows too."""
-        means = (Calibration("mean_abs"),)
-        return (*means, Calibration("rows", ROWS)) if self.ratio == "auto" else means
+        """The mean of |x| per channel of every linear's input; for "auto", some rows."""
+        return (Calibration("rows", ROWS),) if self.ratio == "auto" else (Calibration("mean_abs"),)
 
     def observed(self, program: Program) -> list[Node]:
         """The activations that linears read."""
@@ -82,16 +84,17 @@ class AwqScale(Pass):
 
     def _scale(self, program: Program, site: SmoothingSite, context: Context) -> Tensor:
         name = site.reader.source.name
-        if name not in context.statistics["mean_abs"]:
+        known = context.statistics["rows" if self.ratio == "auto" else "mean_abs"]
+        if name not in known:
             raise CalibrationError(
                 f"the input of {site.reader.path} was never reached by the calibration data."
             )
-        mean = context.statistics["mean_abs"][name]
         if self.ratio != "auto":
-            return _power(site, mean, self.ratio)
-        rows = context.statistics["rows"][name]
-        moments = rows.T @ rows
+            return _power(site, known[name], self.ratio)
         weights = [program.weight(weight).float() for weight in site.reader.weights]
+        counts = _token_weights(known[name], weights)[:, None]
+        mean = (known[name].abs() * counts.sqrt()).mean(0)
+        moments = known[name].T @ (known[name] * counts)
         candidates = [_power(site, mean, ratio) for ratio in RATIOS]
         errors = [self._error(weights, moments, scale.float()) for scale in candidates]
         return candidates[errors.index(min(errors))]
@@ -106,6 +109,12 @@ class AwqScale(Pass):
             difference = choose_grid(wide, self.weights).round(wide) / scale - weight
             total += float(((difference @ moments) * difference).sum())
         return total
+
+
+def _token_weights(rows: Tensor, weights: list[Tensor]) -> Tensor:
+    """How much the error of each row counts, [n]."""
+    energies = torch.stack([(rows @ weight.T).square().sum(1) for weight in weights]).sum(0)
+    return 1 / (energies + energies.median()).clamp(torch.finfo(energies.dtype).tiny)
 
 
 def _power(site: SmoothingSite, mean: Tensor, ratio: float) -> Tensor:

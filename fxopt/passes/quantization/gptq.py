@@ -44,7 +44,7 @@ class Gptq(Pass):
     exactness = Exactness.APPROXIMATE
     input_level = Level.CANONICAL
     output_level = Level.QUANTIZED
-    after = ("canonicalize", "smoothquant", "awq-scale", "rotate", "equalize")
+    after = ("canonicalize",)
 
     def __post_init__(self) -> None:
         grouped = self.weights.granularity in ("group", "block")

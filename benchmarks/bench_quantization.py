@@ -1,0 +1,103 @@
+"""What methods of quantization cost: error on MiniLM, perplexity on SmolLM2, and bytes.
+
+    python benchmarks/bench_quantization.py [--model minilm|smollm2] [--only NAME] [--write]
+
+The weights of SmolLM2 lie on a 4-bit grid of groups of 32, so other groupings are judged, and
+MiniLM, whose weights are full precision. The head stays in floating point. `--write` puts the table
+into docs/quantization.md and the figures into benchmarks/results/quantization.json; rows that were
+not measured stay as they are.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import recipe_table
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "quantization.json"
+PAGE = ROOT / "docs" / "quantization.md"
+HEAD = {"exclude": ["lm_head"]}
+
+
+def weights(dtype: str, group: int | None = None, **options: Any) -> dict[str, Any]:
+    size = {} if group is None else {"group_size": group}
+    granularity = "channel" if group is None else "group"
+    return {"dtype": dtype, "granularity": granularity, **size, **options}
+
+
+def rounded(chosen: dict[str, Any], search: str = "absmax") -> list[Any]:
+    return [{"quantize": {"weights": {**chosen, "range": search}, **HEAD}}]
+
+
+def gptq(chosen: dict[str, Any], **options: Any) -> list[Any]:
+    return [{"gptq": {"weights": chosen, **options, **HEAD}}]
+
+
+def awq(chosen: dict[str, Any], search: str = "output") -> list[Any]:
+    return [{"awq-scale": {"weights": chosen}}, *rounded(chosen, search)]
+
+
+CHANNEL, GROUP, THREE = weights("int4"), weights("int4", 64), weights("int3", 64)
+INT4_TOKENS = {
+    "quantize": {"weights": None, "activations": {"dtype": "int4", "granularity": "token"}, **HEAD}
+}
+INT8_TOKENS = {
+    "quantize": {"weights": None, "activations": {"dtype": "int8", "granularity": "token"}, **HEAD}
+}
+ROTATE = ["untie", {"fold-norm": {"centre": True}}, {"rotate": {"seed": 2}}]
+RECIPES: dict[str, list[Any]] = {
+    "int4 per channel, to nearest": rounded(CHANNEL),
+    "int4 per channel, output range": rounded(CHANNEL, "output"),
+    "int4 per channel, awq": awq(CHANNEL),
+    "int4 per channel, gptq": gptq(CHANNEL),
+    "int4 per channel, gptq, not true-sequential": gptq(CHANNEL, true_sequential=False),
+    "int4 groups of 64, to nearest": rounded(GROUP),
+    "int4 groups of 64, mse range": rounded(GROUP, "mse"),
+    "int4 groups of 64, awq": awq(GROUP),
+    "int4 groups of 64, gptq": gptq(GROUP),
+    "int4 groups of 64, gptq, mse range": gptq({**GROUP, "range": "mse"}),
+    "int4 groups of 64 asymmetric, gptq": gptq({**GROUP, "symmetric": False}),
+    "nf4 groups of 64": rounded(weights("nf4", 64)),
+    "int3 groups of 64, to nearest": rounded(THREE),
+    "int3 groups of 64, gptq": gptq(THREE),
+    "int3 groups of 64, gptq, mse range": gptq({**THREE, "range": "mse"}),
+    "fp8 e4m3 per channel": rounded(weights("fp8_e4m3")),
+    "W4A8 per token, groups of 64, gptq": [*gptq(GROUP), INT8_TOKENS],
+    "W4A4 per token, rotate": [*ROTATE, *rounded(CHANNEL), INT4_TOKENS],
+    "W4A4 per token, rotate, gptq": [*ROTATE, *gptq(CHANNEL), INT4_TOKENS],
+    "W4A4 per token, rotate, gptq, mse range": [
+        *ROTATE,
+        *gptq({**CHANNEL, "range": "mse"}),
+        INT4_TOKENS,
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=recipe_table.MODELS, action="append")
+    parser.add_argument("--only", help="rows whose title contains this")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    recipes = {title: rows for title, rows in RECIPES.items() if (options.only or "") in title}
+    if not recipes:
+        parser.error(f"no row to measure; the rows are: {'; '.join(RECIPES)}.")
+    console = Console()
+    results = recipe_table.read(RESULTS)
+
+    def table() -> str:
+        return recipe_table.table(results, RECIPES, sizes=True)
+
+    for name in options.model or recipe_table.MODELS:
+        for title, passes in recipes.items():
+            found = recipe_table.measure(name, {title: passes}, console)
+            results[name] = {**results.get(name, {}), **found}
+            if options.write:
+                recipe_table.write(results, RESULTS, PAGE, table())
+    console.print(table())
+
+
+if __name__ == "__main__":
+    main()
