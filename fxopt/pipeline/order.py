@@ -35,8 +35,9 @@ def _rounding(built: Sequence[Pass | None]) -> list[Problem]:
         if item is None or "quantize" not in item.before:
             continue
         for other in built[:index]:
-            declared = other is None or other.name in item.before or item.name in other.after
-            if not declared and other.output_level is Level.QUANTIZED:
+            if other is None or other.name in item.before or item.name in other.after:
+                continue  # said elsewhere
+            if other.output_level is Level.QUANTIZED:
                 reason = f"{item.name} must run before {other.name}; exchange them."
                 problems.append(Problem(f"passes[{index}].{item.name}", reason))
     return problems
