@@ -1,9 +1,10 @@
-"""Weights of few bits on MiniLM: error and bytes of rounding, learned tables and corrected biases.
+"""Weights of few bits: error and bytes of rounding, learned tables and corrected biases.
 
-    python benchmarks/bench_weights.py [--only NAME]
+    python benchmarks/bench_weights.py [--model NAME] [--only NAME]
 
-The error is that of the last hidden state on held-out prose, relative to the original's. Bytes are
-those of everything that is stored; "linears" are those of what the linears' weights became alone.
+The error is that of MiniLM's last hidden state on held-out prose, relative to the original's, or
+the perplexity of SmolLM2. Bytes are those of everything that is stored; "linears" are those of what
+the linears' weights became alone.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import time
 from typing import Any
 
 import torch
-from bench_symmetry import MiniLM, rewritten
+from bench_symmetry import MiniLM, SmolLM2, rewritten
 from rich.console import Console
 
 from fxopt.ir.program import Program
@@ -27,14 +28,22 @@ def grouped(dtype: str, **more: Any) -> dict[str, Any]:
     return {"quantize": {"weights": weights, **more}}
 
 
+INT3_GROUPS = {"dtype": "int3", "granularity": "group", "group_size": 64}
 RECIPES: dict[str, list[Any]] = {
     "int4 per channel": [rounded("int4")],
+    "int4 per channel, biases corrected": [rounded("int4", bias_correction=True)],
     "int4 per group of 64": [grouped("int4")],
     "nf4 per group of 64": [grouped("nf4")],
+    "nf4 per group of 64, biases corrected": [grouped("nf4", bias_correction=True)],
     "gobo, 4 bits": [{"gobo": {"bits": 4}}],
     "gobo, 4 bits, embeddings": [{"gobo": {"bits": 4, "embeddings": True}}],
     "int3 per channel": [rounded("int3")],
+    "int3 per channel, biases corrected": [rounded("int3", bias_correction=True)],
     "int3 per group of 64": [grouped("int3")],
+    "int3 per group of 64, gptq": [{"gptq": {"weights": INT3_GROUPS}}],
+    "int3 per group of 64, gptq, biases corrected": [
+        {"gptq": {"weights": INT3_GROUPS, "bias_correction": True}}
+    ],
     "gobo, 3 bits": [{"gobo": {"bits": 3}}],
     "gobo, 3 bits, embeddings": [{"gobo": {"bits": 3, "embeddings": True}}],
 }
@@ -51,10 +60,11 @@ def linear_bytes(program: Program) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=["minilm", "smollm2"], default="minilm")
     parser.add_argument("--only", default="")
     options = parser.parse_args()
     console = Console(soft_wrap=True)
-    subject = MiniLM()
+    subject = {"minilm": MiniLM, "smollm2": SmolLM2}[options.model]()
     original = subject.program
     console.print(f"original: {linear_bytes(original):,} of {original.byte_count():,} bytes")
     for title, passes in RECIPES.items():
@@ -63,7 +73,7 @@ def main() -> None:
         started = time.perf_counter()
         program = rewritten(original, passes, subject.samples)
         console.print(
-            f"{title}: {subject.unit} {subject.judge(program):.4f}, linears "
+            f"{title}: {subject.unit} {subject.describe(subject.judge(program))}, linears "
             f"{linear_bytes(program):,} of {program.byte_count():,} bytes  "
             f"[{time.perf_counter() - started:.0f} s]"
         )
