@@ -30,6 +30,7 @@ class Statistics:
     low: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     high: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     total: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # sum of |x|, float64
+    signed: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # sum of x, float64
     count: dict[str, int] = field(default_factory=dict[str, int])
     rows: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
     tokens: int = 0
@@ -47,6 +48,8 @@ class Statistics:
         self.high[name] = torch.maximum(self.high[name], high) if known else high
         total = rows.abs().sum(0, dtype=torch.float64)
         self.total[name] = self.total[name] + total if known else total
+        signed = rows.sum(0, dtype=torch.float64)
+        self.signed[name] = self.signed[name] + signed if known else signed
         self.count[name] = self.count.get(name, 0) + len(rows)
         if keep:
             chosen = torch.linspace(0, len(rows) - 1, min(keep, len(rows))).long()
@@ -63,9 +66,9 @@ def collect(
     """Observe the outputs of `nodes` per channel (last axis) over real tokens only.
 
     Returns:
-        {"minimum", "maximum", "mean_abs": {node: [channels]}, "rows": {node: [at most about
-        `rows`, channels]}, "tokens": {node: []}}; the rows are spread evenly over the data, and
-        "tokens" is from how many the ranges are.
+        {"minimum", "maximum", "mean", "mean_abs": {node: [channels]}, "rows": {node: [at most
+        about `rows`, channels]}, "tokens": {node: []}}; the rows are spread evenly over the data,
+        and "tokens" is from how many the ranges are.
 
     Raises:
         CalibrationError: there was no data, or an activation was not finite.
@@ -81,12 +84,16 @@ def collect(
             "calibration=[...] with inputs like those of the model, or texts where there is a "
             "tokenizer."
         )
-    mean = {name: total / statistics.count[name] for name, total in statistics.total.items()}
+    mean, mean_abs = (
+        {name: total / statistics.count[name] for name, total in totals.items()}
+        for totals in (statistics.signed, statistics.total)
+    )
     kept = {name: torch.cat(parts) for name, parts in statistics.rows.items()}
     return {
         "minimum": statistics.low,
         "maximum": statistics.high,
-        "mean_abs": mean,
+        "mean": mean,
+        "mean_abs": mean_abs,
         "rows": kept,
         "tokens": {name: torch.tensor(count) for name, count in statistics.count.items()},
     }

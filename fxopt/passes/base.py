@@ -44,8 +44,8 @@ class Calibration:
     """A statistic of activations that a pass needs gathered before it runs.
 
     Attributes:
-        statistic: "minimum", "maximum", "mean_abs", "rows" or "tokens"; "samples" is the data
-            itself, for a pass that watches the program while it rewrites it.
+        statistic: "minimum", "maximum", "mean", "mean_abs", "rows" or "tokens"; "samples" is the
+            data itself, for a pass that watches the program while it rewrites it.
         rows: for "rows": how many tokens are kept of each activation.
     """
 
