@@ -5,8 +5,9 @@
 
 Shapes: linear weight [out, in], one scale per tensor, out-channel [out, 1], group of g inputs
     [out, in / g] or block of outputs and inputs; activation [..., in], one scale per token
-    [..., 1] or per tensor; embedding table [rows, d], one scale per row or group of a row. Codes
-    of less than 8 bits are packed. Without `weights`, activations of linears alone are rounded.
+    [..., 1], per tensor or per group of embedding dimensions [K]; embedding table [rows, d], one
+    scale per row or group of a row. Codes of less than 8 bits are packed. Without `weights`,
+    activations of linears alone are rounded.
 Exactness: approximate; half a step of each scale per element. With `bias_correction` the mean of
     each output over the calibration data is that of exact weights, for inputs as they were before
     the pass.
@@ -29,7 +30,7 @@ from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
-from fxopt.passes.quantization.activations import quantize_activation
+from fxopt.passes.quantization.activations import quantize_activation, width_of
 from fxopt.passes.quantization.bias_correction import correct_bias
 from fxopt.passes.quantization.options import ActivationOptions, EmbeddingOptions, WeightOptions
 from fxopt.passes.quantization.sites import kind_of, not_selected, other_weights, unquantizable
@@ -74,8 +75,8 @@ class Quantize(Pass):
 
     def needs(self) -> tuple[Calibration, ...]:
         """Ranges for static activations, rows for `range: output`, means for biases."""
-        static = self.activations is not None and self.activations.granularity == "tensor"
-        ranges = (Calibration("minimum"), Calibration("maximum")) if static else ()
+        known = () if self.activations is None else self.activations.statistics
+        ranges = tuple(Calibration(statistic) for statistic in known)
         rows = (Calibration("rows", ROWS),) if self._judges_output() else ()
         return (*ranges, *rows, *((Calibration("mean"),) if self.bias_correction else ()))
 
@@ -118,8 +119,13 @@ class Quantize(Pass):
 
     def _impossible(self, program: Program, node: Node) -> str | None:
         options = self._weight_options(node)
+        misfit = None
+        if self.activations is not None and kind_of(node) == "linear":
+            misfit = self.activations.misfit(width_of(node))
         if options is not None:
-            return unquantizable(program, node, options)
+            return unquantizable(program, node, options) or misfit
+        if misfit is not None:
+            return misfit
         if not is_stored_weight(node.args[1]) and weight_node(node, 1) is None:
             return "the weight is computed in the graph, not stored"
         source: Any = node.args[0]
@@ -153,7 +159,7 @@ class Quantize(Pass):
         if self.activations is None or kind_of(node) != "linear":
             return []
         node.update_arg(0, quantize_activation(build, node, self.activations, context))
-        return [f"{self.activations.dtype} activation per {self.activations.granularity}"]
+        return [self.activations.describe()]
 
 
 def _observed(statistic: str, node: Node, context: Context) -> Tensor:
