@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fxopt.ir.program import Program
 from fxopt.ir.stored_codes import code_names, is_stored_weight
+from fxopt.pipeline.recipe import Recipe
 
 
 def rounded(dtype: str, **more: Any) -> dict[str, Any]:
@@ -26,6 +27,10 @@ def rounded(dtype: str, **more: Any) -> dict[str, Any]:
 def grouped(dtype: str, **more: Any) -> dict[str, Any]:
     weights = {"dtype": dtype, "granularity": "group", "group_size": 64}
     return {"quantize": {"weights": weights, **more}}
+
+
+def preset(name: str) -> list[Any]:
+    return [{name: options} for name, options in Recipe.resolve(name).entries()][1:]
 
 
 INT3_GROUPS = {"dtype": "int3", "granularity": "group", "group_size": 64}
@@ -46,6 +51,7 @@ RECIPES: dict[str, list[Any]] = {
     ],
     "gobo, 3 bits": [{"gobo": {"bits": 3}}],
     "gobo, 3 bits, embeddings": [{"gobo": {"bits": 3, "embeddings": True}}],
+    **{f"preset {name}": preset(name) for name in ("w4a16-nf4", "w3-gobo")},
 }
 
 

@@ -1,10 +1,18 @@
 import pytest
+import torch
 
+from fxopt.ir.stored_codes import is_stored_weight
+from fxopt.passes.quantization.options import WeightOptions
 from fxopt.pipeline.recipe import Recipe, presets
+from tests.models import optimize_zoo
+
+aten = torch.ops.aten
+FEW_BITS = ["w4a16-nf4", "w3-gobo"]
 
 
 @pytest.mark.parametrize(
-    "name", ["canonical", "w8a8-dynamic", "w8a8-static", "w8a16", "kv8", "kivi4", "kivi2"]
+    "name",
+    ["canonical", "w8a8-dynamic", "w8a8-static", "w8a16", "kv8", "kivi4", "kivi2", *FEW_BITS],
 )
 def test_presets_build(name):
     recipe = presets()[name]
@@ -35,3 +43,31 @@ def test_cache_presets_leave_the_weights_alone(name, dtype):
     _, quantize_cache = presets()[name].build()
     options = quantize_cache.options()
     assert (options["dtype"], options["group"], options["window"]) == (dtype, 32, 128)
+
+
+def test_nf4_is_in_groups_of_64_and_the_rest_in_int8():
+    _, first, rest = presets()["w4a16-nf4"].build()
+    weights = first.options()["weights"]
+    assert (weights["dtype"], weights["granularity"], weights["group_size"]) == ("nf4", "group", 64)
+    assert (first.activations, first.embeddings, first.exclude) == (None, None, ("lm_head",))
+    # Alike, so that a tied head and embedding stay one tensor.
+    assert rest.weights == rest.embeddings.as_weight() == WeightOptions("int8", "channel")
+    assert first.needs() == rest.needs() == ()
+
+
+def test_gobo_is_in_three_bits_with_head_and_embeddings_in_four():
+    _, first, rest = presets()["w3-gobo"].build()
+    assert (first.bits, first.threshold, first.embeddings) == (3, -4.0, False)
+    assert (rest.bits, rest.threshold, rest.embeddings) == (4, -4.0, True)
+    assert first.exclude == ("lm_head",)
+    assert first.needs() == rest.needs() == ()
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "gemma3"])
+@pytest.mark.parametrize(("name", "share"), [("w4a16-nf4", 0.35), ("w3-gobo", 0.2)])
+def test_presets_of_few_bits_leave_no_large_weight_in_floating_point(name, share, model):
+    optimized = optimize_zoo(model, name, target="reference")
+    assert optimized.report.bytes_after < share * optimized.report.bytes_before
+    program = optimized.program
+    for target, index in ((aten.linear.default, 1), (aten.embedding.default, 0)):
+        assert all(is_stored_weight(node.args[index]) for node in program.nodes(target))
