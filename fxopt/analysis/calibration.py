@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from fxopt.analysis.execution import run
+from fxopt.analysis.observers import Histogram
 from fxopt.errors import CalibrationError
 from fxopt.ir.program import Program, dtype_of
 from fxopt.ir.stored_codes import is_stored_weight
@@ -30,11 +32,14 @@ class Statistics:
     low: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     high: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     total: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # sum of |x|, float64
+    signed: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # sum of x, float64
     count: dict[str, int] = field(default_factory=dict[str, int])
     rows: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
+    batches: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
+    histograms: dict[str, Histogram] = field(default_factory=dict[str, Histogram])
     tokens: int = 0
 
-    def add(self, name: str, rows: Tensor, keep: int) -> None:
+    def add(self, name: str, rows: Tensor, keep: int, histogram: bool) -> None:
         """Take in rows [n, channels]; `keep` of them, evenly spaced, are kept as they are."""
         low, high = torch.aminmax(rows.float(), dim=0)
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
@@ -45,8 +50,13 @@ class Statistics:
         known = name in self.low
         self.low[name] = torch.minimum(self.low[name], low) if known else low
         self.high[name] = torch.maximum(self.high[name], high) if known else high
+        self.batches.setdefault(name, []).append(torch.stack([low.min(), high.max()]))
+        if histogram:
+            self.histograms.setdefault(name, Histogram()).add(rows)
         total = rows.abs().sum(0, dtype=torch.float64)
         self.total[name] = self.total[name] + total if known else total
+        signed = rows.sum(0, dtype=torch.float64)
+        self.signed[name] = self.signed[name] + signed if known else signed
         self.count[name] = self.count.get(name, 0) + len(rows)
         if keep:
             chosen = torch.linspace(0, len(rows) - 1, min(keep, len(rows))).long()
@@ -59,13 +69,16 @@ def collect(
     samples: Sequence[Sample],
     progress: Callable[[int], None] = lambda _: None,
     rows: int = 0,
-) -> Mapping[str, Mapping[str, Tensor]]:
+    histogram: bool = False,
+) -> Mapping[str, Mapping[str, Any]]:
     """Observe the outputs of `nodes` per channel (last axis) over real tokens only.
 
     Returns:
-        {"minimum", "maximum", "mean_abs": {node: [channels]}, "rows": {node: [at most about
-        `rows`, channels]}, "tokens": {node: []}}; the rows are spread evenly over the data, and
-        "tokens" is from how many the ranges are.
+        {"minimum", "maximum", "mean", "mean_abs": {node: [channels]}, "rows": {node: [at most about
+        `rows`, channels]}, "tokens": {node: []}, "batches": {node: [batches, 2]}, "histogram":
+        {node: Histogram}}; the rows are spread evenly over the data, "tokens" is from how many the
+        ranges are, "batches" has the range of each batch, and histograms of all channels together
+        are there if they were asked for.
 
     Raises:
         CalibrationError: there was no data, or an activation was not finite.
@@ -73,7 +86,8 @@ def collect(
     wanted = {node.name for node in nodes}
     statistics = Statistics()
     for index, sample in enumerate(samples):
-        _observe(program, wanted, sample, statistics, -(-rows // max(1, len(samples))))
+        keep = -(-rows // max(1, len(samples)))
+        _observe(program, wanted, sample, statistics, keep, histogram)
         progress(index + 1)
     if not statistics.tokens:
         raise CalibrationError(
@@ -81,19 +95,30 @@ def collect(
             "calibration=[...] with inputs like those of the model, or texts where there is a "
             "tokenizer."
         )
-    mean = {name: total / statistics.count[name] for name, total in statistics.total.items()}
+    mean, mean_abs = (
+        {name: total / statistics.count[name] for name, total in totals.items()}
+        for totals in (statistics.signed, statistics.total)
+    )
     kept = {name: torch.cat(parts) for name, parts in statistics.rows.items()}
     return {
         "minimum": statistics.low,
         "maximum": statistics.high,
-        "mean_abs": mean,
+        "mean": mean,
+        "mean_abs": mean_abs,
         "rows": kept,
         "tokens": {name: torch.tensor(count) for name, count in statistics.count.items()},
+        "batches": {name: torch.stack(ranges) for name, ranges in statistics.batches.items()},
+        "histogram": statistics.histograms,
     }
 
 
 def _observe(
-    program: Program, wanted: set[str], sample: Sample, statistics: Statistics, keep: int
+    program: Program,
+    wanted: set[str],
+    sample: Sample,
+    statistics: Statistics,
+    keep: int,
+    histogram: bool,
 ) -> None:
     def watch(node: Node, value: object) -> None:
         if node.name not in wanted or not isinstance(value, Tensor):
@@ -101,7 +126,7 @@ def _observe(
         rows = real_rows(value, sample.tokens)
         if rows.numel() == 0:
             return
-        statistics.add(node.name, rows, keep)
+        statistics.add(node.name, rows, keep, histogram)
 
     run(program, sample.inputs, watch)
     if sample.tokens is not None:

@@ -44,8 +44,9 @@ class Calibration:
     """A statistic of activations that a pass needs gathered before it runs.
 
     Attributes:
-        statistic: "minimum", "maximum", "mean_abs", "rows" or "tokens"; "samples" is the data
-            itself, for a pass that watches the program while it rewrites it.
+        statistic: "minimum", "maximum", "mean", "mean_abs", "rows", "tokens", "batches" or
+            "histogram"; "samples" is the data itself, for a pass that watches the program while it
+            rewrites it.
         rows: for "rows": how many tokens are kept of each activation.
     """
 
@@ -57,8 +58,8 @@ class Calibration:
 class Context:
     """What the manager gives a pass: statistics of calibration data by node name, or the data."""
 
-    statistics: Mapping[str, Mapping[str, Tensor]] = field(
-        default_factory=dict[str, Mapping[str, Tensor]]
+    statistics: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict[str, Mapping[str, Any]]
     )
     samples: Sequence[Sample] = ()
     progress: Callable[[str], None] = lambda _: None

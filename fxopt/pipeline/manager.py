@@ -4,9 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
-
-from torch import Tensor
+from typing import Any, Protocol
 
 from fxopt.analysis.calibration import Sample, collect
 from fxopt.errors import CalibrationError, ExpectationError, FxoptError, PassError
@@ -180,7 +178,7 @@ class Manager:
 
     def _statistics(
         self, program: Program, a_pass: Pass, samples: Sequence[Sample]
-    ) -> Mapping[str, Mapping[str, Tensor]]:
+    ) -> Mapping[str, Mapping[str, Any]]:
         """What one pass over the data finds; nothing for a pass that watches it by itself."""
         needs = [need for need in a_pass.needs() if need.statistic != "samples"]
         if not needs:
@@ -191,6 +189,7 @@ class Manager:
             samples,
             lambda count: self.progress(a_pass.name, f"calibration batch {count}/{len(samples)}"),
             rows=max(need.rows for need in needs),
+            histogram=any(need.statistic == "histogram" for need in needs),
         )
 
 

@@ -1,11 +1,19 @@
 import pytest
+import torch
 
 from fxopt.errors import RecipeError
+from fxopt.ir.stored_codes import is_stored_weight
+from fxopt.passes.quantization.options import WeightOptions
 from fxopt.pipeline.recipe import Recipe, presets
+from tests.models import optimize_zoo
+
+aten = torch.ops.aten
+FEW_BITS = ["w4a16-nf4", "w3-gobo"]
 
 
 @pytest.mark.parametrize(
-    "name", ["canonical", "w8a8-dynamic", "w8a8-static", "w8a16", "kv8", "kivi4", "kivi2"]
+    "name",
+    ["canonical", "w8a8-dynamic", "w8a8-static", "w8a16", "kv8", "kivi4", "kivi2", *FEW_BITS],
 )
 def test_presets_build(name):
     recipe = presets()[name]
@@ -47,9 +55,10 @@ def test_cache_presets_leave_the_weights_alone(name, dtype):
         ("w4a8-gptq", ["gptq", "quantize"]),
     ],
 )
-def test_four_bit_presets_round_in_groups_of_64_and_leave_the_head(name, passes):
-    built = presets()[name].build()[1:]
+def test_four_bit_presets_round_in_groups_of_64_and_the_rest_in_int8(name, passes):
+    *built, rest = presets()[name].build()[1:]
     assert [item.name for item in built] == passes
+    assert rest.weights == rest.embeddings.as_weight() == WeightOptions("int8", "channel")
     for item in built:
         options = item.options()
         if options["weights"] is not None:
@@ -63,3 +72,33 @@ def test_what_runs_before_quantize_runs_before_every_pass_that_rounds(name, roun
     with pytest.raises(RecipeError, match=f"{name} must run before {rounding}; exchange them"):
         Recipe.resolve(["canonicalize", rounding, name])
     Recipe.resolve(["canonicalize", name, rounding])
+
+
+def test_nf4_is_in_groups_of_64_and_the_rest_in_int8():
+    _, first, rest = presets()["w4a16-nf4"].build()
+    weights = first.options()["weights"]
+    assert (weights["dtype"], weights["granularity"], weights["group_size"]) == ("nf4", "group", 64)
+    assert (first.activations, first.embeddings, first.exclude) == (None, None, ("lm_head",))
+    # Alike, so that a tied head and embedding stay one tensor.
+    assert rest.weights == rest.embeddings.as_weight() == WeightOptions("int8", "channel")
+    assert first.needs() == rest.needs() == ()
+
+
+def test_gobo_is_in_three_bits_with_head_and_embeddings_in_four():
+    _, first, rest = presets()["w3-gobo"].build()
+    assert (first.bits, first.threshold, first.embeddings) == (3, -4.0, False)
+    assert (rest.bits, rest.threshold, rest.embeddings) == (4, -4.0, True)
+    assert first.exclude == ("lm_head",)
+    assert first.needs() == rest.needs() == ()
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "share"), [("w4a16", 0.35), ("w4a16-nf4", 0.35), ("w3-gobo", 0.2)]
+)
+def test_presets_of_few_bits_leave_no_large_weight_in_floating_point(name, share, model):
+    optimized = optimize_zoo(model, name, target="reference")
+    assert optimized.report.bytes_after < share * optimized.report.bytes_before
+    program = optimized.program
+    for target, index in ((aten.linear.default, 1), (aten.embedding.default, 0)):
+        assert all(is_stored_weight(node.args[index]) for node in program.nodes(target))

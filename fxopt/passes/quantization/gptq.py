@@ -6,12 +6,14 @@ Shapes: X [tokens, in] of the calibration data; W and Q [out, in].
 Exactness: approximate; on the calibration data no output errs more than with its row rounded to
     nearest. X is what the already rounded linears before it give (`true_sequential`), or what the
     original model gives. The model runs over the data once, node by node, and holds one Hessian.
+    With `bias_correction` the mean output over the data is that of the exact weight on the same X.
 Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers, ICLR 2023, arXiv:2210.17323.
 """
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -19,6 +21,7 @@ from fxopt.analysis.lockstep import Lockstep
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
+from fxopt.passes.quantization.bias_correction import correct_bias
 from fxopt.passes.quantization.compensation import Hessian, compensated, hessian
 from fxopt.passes.quantization.grid import encode_by_rows
 from fxopt.passes.quantization.options import WeightOptions
@@ -40,6 +43,7 @@ class Gptq(Pass):
     damping: float = 0.01
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    bias_correction: bool = False
 
     exactness = Exactness.APPROXIMATE
     input_level = Level.CANONICAL
@@ -106,6 +110,8 @@ class _Rounding:
         build = Builder(self.program, node, settings.name)
         stored = self.done[str(weight.target)]
         node.update_arg(1, read_weight(build, stored, weight.meta["val"].dtype))
+        if settings.bias_correction:
+            correct_bias(self.program, build, node, weight, self._mean(node))
 
     def _round(self, node: Node, name: str) -> str:
         """Store the rounded weight, unless a tied linear did; what the report says of it."""
@@ -136,6 +142,13 @@ class _Rounding:
             self._note(module_path(node) or node.name, rows, h)
             self.latest = source, h
         return self.latest[1]
+
+    def _mean(self, node: Node) -> Tensor:
+        source = node.args[0]
+        assert isinstance(source, Node)  # noqa: S101 - a linear reads a tensor
+        rows = self.lockstep.rows(source)
+        total = torch.stack([part.sum(0, dtype=torch.float64) for part in rows]).sum(0)
+        return total / max(1, sum(len(part) for part in rows))
 
     def _note(self, path: str, rows: list[Tensor], h: Hessian) -> None:
         tokens, inputs = sum(len(part) for part in rows), len(h.order)

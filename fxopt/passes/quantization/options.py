@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from fxopt.analysis.observers import Observer
 from fxopt.errors import RecipeError
 from fxopt.ir.number_formats import FORMATS, NumberFormat
 
@@ -67,13 +68,34 @@ class WeightOptions:
 
 @dataclass(frozen=True)
 class ActivationOptions:
-    """How inputs of linears are rounded: "token" at run time, "tensor" from calibration."""
+    """How inputs of linears are rounded: "token" at run time, the others from calibration.
+
+    "embedding_group" is `groups` spans of consecutive channels, each with a scale of its own. The
+    observer says how the range of a tensor is found (see fxopt.analysis.observers).
+    """
 
     dtype: Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"] = "int8"
-    granularity: Literal["token", "tensor"] = "token"
+    granularity: Literal["token", "tensor", "embedding_group"] = "token"
     symmetric: bool = True
+    observer: Observer = "minmax"
+    percentile: float = 99.99
+    groups: int = 6
 
     def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise RecipeError(f"groups {self.groups} is not a positive number.")
+        if not 50 < self.percentile <= 100:
+            raise RecipeError(f"percentile {self.percentile} is not above 50 and at most 100.")
+        if self.observer != "minmax" and self.granularity != "tensor":
+            raise RecipeError(
+                f"observer {self.observer!r} finds the range of a whole tensor, and granularity is "
+                f"{self.granularity!r}; set granularity to 'tensor' or observer to 'minmax'."
+            )
+        if self.observer == "kl" and self.format.kind != "integer":
+            raise RecipeError(
+                f"observer 'kl' counts levels of equal width, which {self.dtype} has not; choose "
+                "'mse' or 'percentile'."
+            )
         if not self.symmetric and self.format.kind != "integer":
             raise RecipeError(
                 f"{self.dtype} has no zero point; leave symmetric out or choose an integer type."
@@ -83,6 +105,27 @@ class ActivationOptions:
     def format(self) -> NumberFormat:
         """The facts of the dtype."""
         return FORMATS[self.dtype]
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What calibration must gather."""
+        if self.granularity == "token":
+            return ()
+        further = {"minmax": (), "moving_average": ("batches",)}
+        return ("minimum", "maximum", *further.get(self.observer, ("histogram",)))
+
+    def misfit(self, width: int) -> str | None:
+        """Why the groups do not divide an activation, or None."""
+        if self.granularity == "embedding_group" and width % self.groups:
+            return f"{self.groups} groups do not divide its {width} inputs"
+        return None
+
+    def describe(self) -> str:
+        """For the report: "int8 activation per tensor"."""
+        grouped = f"group of embedding dimensions ({self.groups})"
+        per = grouped if self.granularity == "embedding_group" else self.granularity
+        observed = "" if self.observer == "minmax" else f" ({self.observer} range)"
+        return f"{self.dtype} activation per {per}{observed}"
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,17 @@
 
 Shapes: linear weight [out, in], one scale per tensor, out-channel [out, 1], group of g inputs
     [out, in / g] or block of outputs and inputs; activation [..., in], one scale per token
-    [..., 1] or per tensor; embedding table [rows, d], one scale per row or group of a row. Codes
-    of less than 8 bits are packed. Without `weights`, activations of linears alone are rounded.
-Exactness: approximate; half a step of each scale per element.
+    [..., 1], per tensor or per group of embedding dimensions [K]; embedding table [rows, d], one
+    scale per row or group of a row. Codes of less than 8 bits are packed. Without `weights`,
+    activations of linears alone are rounded.
+Exactness: approximate; half a step of each scale per element. With `bias_correction` the mean of
+    each output over the calibration data is that of exact weights, for inputs as they were before
+    the pass.
 Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale,
     NeurIPS 2022, arXiv:2208.07339 (vector-wise scales); Nagel et al., A White Paper on Neural
-    Network Quantization, 2021, arXiv:2106.08295 (ranges, static activations).
+    Network Quantization, 2021, arXiv:2106.08295 (ranges, static activations); Nagel et al.,
+    Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019,
+    arXiv:1906.04721 (`bias_correction`).
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +30,8 @@ from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
-from fxopt.passes.quantization.activations import quantize_activation
+from fxopt.passes.quantization.activations import quantize_activation, width_of
+from fxopt.passes.quantization.bias_correction import correct_bias
 from fxopt.passes.quantization.options import ActivationOptions, EmbeddingOptions, WeightOptions
 from fxopt.passes.quantization.sites import kind_of, not_selected, other_weights, unquantizable
 from fxopt.passes.quantization.weights import (
@@ -51,6 +57,7 @@ class Quantize(Pass):
     embeddings: EmbeddingOptions | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    bias_correction: bool = False
 
     exactness = Exactness.APPROXIMATE
     input_level = Level.CANONICAL
@@ -60,12 +67,18 @@ class Quantize(Pass):
     def __post_init__(self) -> None:
         if self.weights is None and self.activations is None and self.embeddings is None:
             raise RecipeError("quantize has nothing to do: weights, activations and embeddings are null.")
+        if self.bias_correction and self.weights is None:
+            raise RecipeError(
+                "bias_correction makes up for rounded weights of linears and weights is null; set "
+                "weights or leave bias_correction out."
+            )
 
     def needs(self) -> tuple[Calibration, ...]:
-        """Static activations need the range of every linear's input, `range: output` some rows."""
-        static = self.activations is not None and self.activations.granularity == "tensor"
-        ranges = (Calibration("minimum"), Calibration("maximum")) if static else ()
-        return (*ranges, Calibration("rows", ROWS)) if self._judges_output() else ranges
+        """Ranges for static activations, rows for `range: output`, means for biases."""
+        known = () if self.activations is None else self.activations.statistics
+        ranges = tuple(Calibration(statistic) for statistic in known)
+        rows = (Calibration("rows", ROWS),) if self._judges_output() else ()
+        return (*ranges, *rows, *((Calibration("mean"),) if self.bias_correction else ()))
 
     def _judges_output(self) -> bool:
         return self.weights is not None and self.weights.range == "output"
@@ -106,8 +119,13 @@ class Quantize(Pass):
 
     def _impossible(self, program: Program, node: Node) -> str | None:
         options = self._weight_options(node)
+        misfit = None
+        if self.activations is not None and kind_of(node) == "linear":
+            misfit = self.activations.misfit(width_of(node))
         if options is not None:
-            return unquantizable(program, node, options)
+            return unquantizable(program, node, options) or misfit
+        if misfit is not None:
+            return misfit
         if not is_stored_weight(node.args[1]) and weight_node(node, 1) is None:
             return "the weight is computed in the graph, not stored"
         source: Any = node.args[0]
@@ -125,26 +143,31 @@ class Quantize(Pass):
         options = self._weight_options(node)
         if options is None:
             return []
-        rows = self._rows(node, context)
+        linear, exact = kind_of(node) == "linear", weight_node(node, weight_index(node))
+        rows = _observed("rows", node, context) if linear and self._judges_output() else None
         weight = quantize_weight(program, build, node, options, done, rows)
         node.update_arg(weight_index(node), weight)
-        kind = kind_of(node)
-        described = options.describe("channel" if kind == "linear" else "row")
-        return [described if kind == "linear" else described.replace(" weight ", " table ")]
-
-    def _rows(self, node: Node, context: Context) -> Tensor | None:
-        if kind_of(node) != "linear" or not self._judges_output():
-            return None
-        source: Any = node.args[0]
-        if source.name not in context.statistics["rows"]:
-            raise CalibrationError(
-                f"the input of {module_path(node) or node.name} was never reached by the "
-                "calibration data. Pass calibration data that uses this part of the model."
-            )
-        return context.statistics["rows"][source.name]
+        if not linear:
+            return [options.describe("row").replace(" weight ", " table ")]
+        details = [options.describe()]
+        if self.bias_correction and exact is not None:
+            mean = _observed("mean", node, context)
+            details += ["bias corrected"] * correct_bias(program, build, node, exact, mean)
+        return details
 
     def _activation(self, build: Builder, node: Node, context: Context) -> list[str]:
         if self.activations is None or kind_of(node) != "linear":
             return []
         node.update_arg(0, quantize_activation(build, node, self.activations, context))
-        return [f"{self.activations.dtype} activation per {self.activations.granularity}"]
+        return [self.activations.describe()]
+
+
+def _observed(statistic: str, node: Node, context: Context) -> Tensor:
+    """What calibration found at the input of a linear."""
+    source: Any = node.args[0]
+    if source.name not in context.statistics[statistic]:
+        raise CalibrationError(
+            f"the input of {module_path(node) or node.name} was never reached by the "
+            "calibration data. Pass calibration data that uses this part of the model."
+        )
+    return context.statistics[statistic][source.name]

@@ -43,8 +43,13 @@ def not_selected(node: Node, include: Sequence[str], exclude: Sequence[str]) -> 
     return None
 
 
-def unquantizable(program: Program, node: Node, options: WeightOptions) -> str | None:
-    """Why the weight of a linear or embedding cannot be quantized, or None."""
+def unquantizable(
+    program: Program, node: Node, options: WeightOptions | None = None
+) -> str | None:
+    """Why the weight of a linear or embedding cannot be quantized, or None.
+
+    Without `options` the weight is not divided into blocks.
+    """
     weight = weight_node(node, weight_index(node))
     if weight is None:
         source: Any = node.args[weight_index(node)]
@@ -56,7 +61,7 @@ def unquantizable(program: Program, node: Node, options: WeightOptions) -> str |
         return f"the weight has shape {list(value.shape)}; two axes are needed"
     if not value.is_floating_point():
         return f"the weight is {value.dtype}"
-    return options.misfit(tuple(value.shape))
+    return None if options is None else options.misfit(tuple(value.shape))
 
 
 def other_weights(program: Program) -> list[Refusal]:

@@ -63,7 +63,7 @@ def quantize_weight(
 
 def store_weight(program: Program, name: str, codes: Tensor, grid: Grid) -> StoredWeight:
     """Hold the codes [out, in] of a weight, packed where they have less than 8 bits."""
-    stored = _free_name(program, f"{name}_{grid.format.name}")
+    stored = free_name(program, f"{name}_{grid.format.name}")
     bits = grid.format.bits
     program.set_weight(stored, codes if bits == 8 else ops.pack(codes, bits))
     program.set_weight(f"{stored}_scale", grid.scale)
@@ -90,7 +90,8 @@ def read_weight(build: Builder, stored: StoredWeight, dtype: torch.dtype) -> Nod
     return build.call(ops.dequantize.default, node, scale, zero, list(grid.block), dtype)
 
 
-def _free_name(program: Program, name: str) -> str:
+def free_name(program: Program, name: str) -> str:
+    """`name`, or with a number behind it where the program holds one already."""
     held = program.weights()
     candidate, number = name, 1
     while candidate in held:

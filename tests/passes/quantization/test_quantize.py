@@ -655,6 +655,14 @@ def test_finer_granularity_and_more_bits_of_range_cost_less():
         ({"weights": {"block_size": [4, 4]}}, "no meaning at granularity 'channel'"),
         ({"weights": {"dtype": "nf4", "symmetric": False}}, "nf4 has no zero point"),
         ({"activations": {"dtype": "fp8_e4m3", "symmetric": False}}, "has no zero point"),
+        ({"activations": {"observer": "mse"}}, "granularity is 'token'"),
+        ({"activations": {"granularity": "tensor", "observer": "max"}}, "'minmax'"),
+        ({"activations": {"percentile": 40.0}}, "percentile 40.0 is not above 50"),
+        ({"activations": {"groups": 0}}, "groups 0 is not a positive number"),
+        (
+            {"activations": {"dtype": "fp8_e4m3", "granularity": "tensor", "observer": "kl"}},
+            "levels of equal width",
+        ),
         ({"weights": None}, "nothing to do"),
         ({"include": "lm_head"}, "include"),
         ({"exclude": [1]}, "exclude"),
@@ -685,3 +693,100 @@ def test_options_of_a_recipe_reach_the_pass():
     )
     assert [need.statistic for need in built.needs()] == ["minimum", "maximum"]
     assert Quantize(activations=TOKEN).needs() == ()
+
+
+# --- observers and groups of embedding dimensions -------------------------------------------
+
+
+OBSERVERS = ["minmax", "moving_average", "percentile", "mse", "kl"]
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_an_observer_gives_static_ranges_within_those_seen(observer, symmetric):
+    program = canonical_program("bert")
+    samples = [as_sample(program, bert_batch(3, 9, seed)) for seed in (0, 1)]
+    whole = ActivationOptions(granularity="tensor", symmetric=symmetric)
+    chosen = ActivationOptions(granularity="tensor", symmetric=symmetric, observer=observer)
+    known = static_scales(apply(program, samples, activations=whole))
+    after = apply(program, samples, activations=chosen)
+    found = static_scales(after)
+    assert set(found) == set(known)
+    assert all(found[path][0] <= known[path][0] * (1 + 1e-5) for path in known)
+    if observer != "minmax":
+        assert all(f"({observer} range)" in detail for detail in details(after))
+
+
+def test_percentile_100_gives_the_scales_of_minmax():
+    program = canonical_program("bert")
+    samples = [as_sample(program, bert_batch(3, 9, 0))]
+    all_of_it = ActivationOptions("int8", "tensor", False, "percentile", 100.0)
+    found = static_scales(apply(program, samples, activations=all_of_it))
+    assert found == static_scales(apply(program, samples, activations=TENSOR))
+
+
+@pytest.mark.parametrize("observer", ["moving_average", "percentile", "mse", "kl"])
+def test_no_observer_sees_padding(observer):
+    program = with_outlier(canonical_program("bert"))
+    clean = bert_batch(3, 9, 0)
+    dirty = {**clean, "input_ids": clean["input_ids"].clone()}
+    dirty["input_ids"][clean["attention_mask"] == 0] = 98
+    options = ActivationOptions("int8", "tensor", False, observer)
+    first, second = (
+        static_scales(apply(program, [as_sample(program, batch)], activations=options))
+        for batch in (clean, dirty)
+    )
+    assert first == second
+
+
+def grouped(groups: int, symmetric: bool = False) -> ActivationOptions:
+    return ActivationOptions("int8", "embedding_group", symmetric, groups=groups)
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_one_group_is_per_tensor(symmetric):
+    program = canonical_program("bert")
+    samples = [as_sample(program, bert_batch(3, 9, 0))]
+    per_tensor = ActivationOptions(granularity="tensor", symmetric=symmetric)
+    one = static_parts(apply(program, samples, activations=grouped(1, symmetric)))
+    whole = static_parts(apply(program, samples, activations=per_tensor))
+    assert set(one) == set(whole)
+    for path, (scale, zero, _) in one.items():
+        assert torch.equal(scale, whole[path][0])
+        assert zero is None if symmetric else torch.equal(zero, whole[path][1])
+
+
+def static_parts(program: Program) -> dict[str, tuple[Tensor, Tensor | None, list]]:
+    """Scales, zero points and block of every linear's input."""
+    found = {}
+    for path, node in by_path(program).items():
+        _, scale, zero, block = node.args[0].args[:4]
+        zero = None if zero is None else program.constant(zero)
+        found[path] = (program.constant(scale), zero, list(block))
+    return found
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_no_value_of_a_group_errs_more_than_half_its_step(groups):
+    program = captured(Wide(), torch.randn(2, 3, 8))
+    x = torch.randn(2, 3, 8) * torch.logspace(-2, 2, 8)
+    after = apply(program, [Sample([x])], activations=grouped(groups))
+    node = after.nodes(aten.linear.default)[0]
+    q, scale, zero, block = node.args[0].args[:4]
+    scale, zero = after.constant(scale), after.constant(zero)
+    assert block == [-1, -1, 8 // groups]
+    assert scale.shape == zero.shape == (1, 1, groups)
+    spans = x.reshape(6, groups, -1)
+    reach = spans.amax((0, 2)).clamp(min=0) - spans.amin((0, 2)).clamp(max=0)
+    assert torch.allclose(scale.flatten(), reach / 255)  # groups = 8: per embedding dimension
+    codes = ops.quantize(x, scale, zero, block, *q.args[4:])
+    error = (ops.dequantize(codes, scale, zero, block, torch.float32) - x).abs()
+    assert bool((error.reshape(6, groups, -1) <= scale.reshape(1, -1, 1) * 0.5001).all())
+
+
+def test_groups_that_do_not_divide_are_refused_site_by_site():
+    program = canonical_program("bert")
+    samples = [as_sample(program, bert_batch(3, 9, 0))]
+    with pytest.warns(UserWarning, match="5 groups do not divide its 32 inputs"):
+        after = manager(samples).run(program, [Quantize(activations=grouped(5))])
+    assert signature_of(after) == signature_of(program)

@@ -1,0 +1,141 @@
+"""Per-embedding-group quantization: sort the channels that linears read by their range.
+
+    r_j = max(max x_j, 0) - min(min x_j, 0),   pi = argsort r,   y = x[pi] W[:, pi]^T + b
+
+Shapes: x [..., d], over all calibration tokens; r and pi [d]; W [out, d]. K groups of d / K channels
+    that follow each other then differ little in range, and `quantize` with granularity
+    "embedding_group" gives each one (scale, zero point).
+Exactness: equal over the reals; every number keeps its value. The order is folded into what writes
+    a feed-forward's hidden axis; elsewhere x is gathered in front of its linears, whose columns are
+    permuted once. Deviations: every linear's input is sorted, not those of the FFN alone; the
+    range holds zero, as that of a scale does.
+Source: Bondarenko et al., Understanding and Overcoming the Challenges of Efficient Transformer
+    Quantization, EMNLP 2021, arXiv:2109.12948.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.analysis.calibration import linear_inputs
+from fxopt.analysis.relations import Kind
+from fxopt.analysis.symmetry import Symmetries, Symmetry, symmetries
+from fxopt.errors import CalibrationError, RecipeError
+from fxopt.ir.program import Level, Program, Site, module_path
+from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
+from fxopt.passes.equivalence.changes import Changes
+from fxopt.passes.equivalence.readers import Reader, read_elsewhere, readers
+from fxopt.rewrite.builder import Builder
+
+aten = torch.ops.aten
+# Groups whose ranges together are this close to those of sorted channels stay as they are.
+_NEAR = 1.001
+
+
+@register("peg")
+@dataclass(frozen=True)
+class Peg(Pass):
+    """Sort the channels that linears read by range, so that groups of them can share a scale."""
+
+    groups: int = 6
+    fold: bool = True
+
+    exactness = Exactness.EQUIVALENT
+    input_level = Level.CANONICAL
+    after = ("canonicalize", "rotate", "equalize", "smoothquant", "permute-ffn", "permute-residual")
+    before = ("quantize", "gptq")
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise RecipeError(f"groups {self.groups} is not a positive number.")
+
+    def needs(self) -> tuple[Calibration, ...]:
+        """The range of every channel that a linear reads."""
+        return (Calibration("minimum"), Calibration("maximum"))
+
+    def observed(self, program: Program) -> list[Node]:
+        """The activations that linears read."""
+        return linear_inputs(program)
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Sort every activation whose groups gain by it."""
+        changes = Changes(program)
+        found = symmetries(program, Kind.PERMUTE)
+        for reader in readers(program):
+            ranges = _ranges(reader, context)
+            if len(ranges) % self.groups:
+                reason = f"{self.groups} groups do not divide its {len(ranges)} inputs"
+                changes.refuse(reader.path, reason)
+                continue
+            order = ranges.argsort(stable=True)
+            share = self._cost(ranges[order]) / max(self._cost(ranges), 1e-30)
+            if self._cost(ranges) <= _NEAR * self._cost(ranges[order]):
+                continue
+            context.progress(reader.path)
+            gain = f"group ranges {share:.2f}x"
+            symmetry = _own_symmetry(reader, found, len(order)) if self.fold else None
+            if symmetry is not None:
+                detail = f"order of {reader.path} folded, {gain}"
+                changes.apply(symmetry, _of_coordinates(reader, symmetry, order), detail)
+            else:
+                why = _reason(reader, found) if self.fold else "folding was not asked for"
+                _gather(program, changes, reader, order, f"{gain}; not folded: {why}")
+        return changes.result()
+
+    def _cost(self, ranges: Tensor) -> float:
+        """The ranges of the groups together; a step of each is in proportion to its range."""
+        return float(ranges.reshape(self.groups, -1).amax(1).sum())
+
+
+def _ranges(reader: Reader, context: Context) -> Tensor:
+    name = reader.source.name
+    if name not in context.statistics["minimum"]:
+        raise CalibrationError(
+            f"the input of {reader.path} was never reached by the calibration data. Pass "
+            "calibration data that uses this part of the model."
+        )
+    low, high = context.statistics["minimum"][name], context.statistics["maximum"][name]
+    return high.clamp(min=0).double() - low.clamp(max=0).double()
+
+
+def _own_symmetry(reader: Reader, found: Symmetries, width: int) -> Symmetry | None:
+    """The symmetry of an axis that is stored in weights alone and read by this reader alone."""
+    for symmetry in found:
+        read = {edit.name for edit in symmetry.weights if edit.axes == (1,)}
+        whole = (symmetry.blocks, symmetry.size) == (1, width)
+        stored = len(symmetry.weights) == len(symmetry.edits)
+        if symmetry.role == "hidden" and whole and stored and read == set(reader.weights):
+            return symmetry
+    return None
+
+
+def _of_coordinates(reader: Reader, symmetry: Symmetry, order: Tensor) -> Tensor:
+    """The order of the symmetry's coordinates [1, size] that puts its channels in `order`."""
+    edit = next(edit for edit in symmetry.weights if edit.name in reader.weights)
+    places = torch.from_numpy(edit.positions)[0, :, 0]
+    return places.argsort()[order[places]][None]
+
+
+def _reason(reader: Reader, found: Symmetries) -> str:
+    known = [why for name in reader.weights if (why := found.reason(name, 1)) is not None]
+    return known[0] if known else "other linears share its axis, or it falls into heads"
+
+
+def _gather(program: Program, changes: Changes, reader: Reader, order: Tensor, detail: str) -> None:
+    reason = read_elsewhere(program, reader)
+    if reason is not None:
+        changes.refuse(reader.path, reason)
+        return
+    for name in reader.weights:
+        program.set_weight(name, program.weight(name)[:, order].contiguous())
+    first = reader.linears[0]
+    build = Builder(program, first, "peg")
+    held = build.new_weight(f"{module_path(first)}.input_order".lstrip("."), order)
+    gathered = build.call(aten.index_select.default, reader.source, -1, held)
+    for linear in reader.linears:
+        linear.update_arg(0, gathered)
+    changes.sites.append(
+        Site(module_path(first), f"inputs of {reader.path} gathered, {detail}", first.name)
+    )

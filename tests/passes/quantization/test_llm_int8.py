@@ -1,0 +1,122 @@
+"""LLM.int8(): outlier columns in floating point, the others in int8."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxopt.analysis.calibration import Sample
+from fxopt.analysis.execution import run
+from fxopt.errors import CalibrationError, RecipeError
+from fxopt.ir.program import Level, Program
+from fxopt.ir.stored_codes import stored_values
+from fxopt.passes.quantization.llm_int8 import LlmInt8
+from fxopt.passes.quantization.quantize import Quantize
+from tests.graphs import signature_of
+from tests.models import canonical_program
+from tests.passes.quantization.test_quantize import (
+    TOKEN,
+    Wide,
+    apply,
+    as_sample,
+    bert_batch,
+    captured,
+    manager,
+    site_paths,
+)
+
+aten = torch.ops.aten
+ops = torch.ops.fxopt
+
+
+def outlying(seed: int) -> torch.Tensor:
+    """Activations below 3 but for columns 2 and 5, which reach 50 and more."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 5, 8, generator=generator).clamp(-3, 3)
+    x[..., 2], x[..., 5] = 50 + x[..., 2], 80 * x[..., 5] + 1
+    return x
+
+
+def split_program(seed: int = 0, **options) -> tuple[Program, Program, torch.Tensor]:
+    torch.manual_seed(seed)
+    before, x = captured(Wide(), torch.randn(2, 3, 8)), outlying(seed)
+    return before, manager([Sample([x])]).run(before, [LlmInt8(include=("first",), **options)]), x
+
+
+def test_an_infinite_threshold_is_vector_wise_int8():
+    program = canonical_program("bert")
+    samples = [as_sample(program, bert_batch(3, 9, 0))]
+    found = manager(samples).run(program, [LlmInt8(threshold=float("inf"))])
+    plain = apply(program, activations=TOKEN)
+    assert site_paths(found) == site_paths(plain)
+    for one, other in zip(
+        run(found, samples[0].inputs), run(plain, samples[0].inputs), strict=True
+    ):
+        assert torch.equal(one, other)
+    assert found.level is Level.QUANTIZED
+
+
+def test_at_threshold_zero_the_linears_stay_in_floating_point():
+    program = canonical_program("bert")
+    samples = [as_sample(program, bert_batch(3, 9, 0))]
+    with pytest.warns(UserWarning, match="inputs are outliers at threshold 0"):
+        found = manager(samples).run(program, [LlmInt8(threshold=0.0)])
+    assert signature_of(found) == signature_of(program)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_the_split_is_exact_but_for_rounding(seed):
+    before, after, x = split_program(seed)
+    first = before.nodes(aten.linear.default)[0]
+    weight, bias = (before.constant(first.args[i]) for i in (1, 2))
+    inner, outer = after.nodes(aten.linear.default)[:2]
+    values = stored_values(after, inner.args[1])
+    assert bool((values[:, [2, 5]] == 0).all())
+    assert torch.equal(after.constant(outer.args[1]), weight[:, [2, 5]])
+    _, scale, _, _ = inner.args[1].args[:4]
+    step = after.constant(scale)
+    masked = torch.where(torch.tensor([2, 5])[:, None] == torch.arange(8), 1, 0).sum(0) > 0
+    assert bool(((values - torch.where(masked, 0, weight)).abs() <= step * 0.5001).all())
+    exact = torch.nn.functional.linear(x, weight, bias)
+    found: list[torch.Tensor] = []
+    total = next(iter(inner.users))
+    run(after, [x], lambda node, value: found.append(value) if node.name == total.name else None)
+    # One step of a token is that of its inliers, none of which is beyond 3.
+    bound = 8 * 3 / 127 / 2 * float(weight.abs().max()) + float(step.max()) / 2 * 8 * 3.1
+    assert float((found[0] - exact).abs().max()) <= bound
+
+
+def test_outliers_count_in_no_scale_of_a_token():
+    _, after, x = split_program()
+    seen: list[torch.Tensor] = []
+    qparams = after.nodes(ops.choose_qparams.default)[0]
+    run(after, [x], lambda n, value: seen.append(value[0]) if n.name == qparams.name else None)
+    inliers = x[..., [0, 1, 3, 4, 6, 7]].abs().amax(-1, keepdim=True)
+    assert torch.allclose(seen[0], inliers / 127)
+
+
+def test_it_loses_less_than_plain_int8_where_there_are_outliers():
+    before, after, x = split_program()
+    plain = manager().run(before, [Quantize(activations=TOKEN, include=("first",))])
+    exact, found, whole = (run(program, [x])[0] for program in (before, after, plain))
+    assert float((found - exact).norm()) < 0.3 * float((whole - exact).norm())
+    assert "2 of 8 columns" in after.history[-1].sites[0].detail
+
+
+def test_a_second_run_does_nothing():
+    _, after, x = split_program()
+    with pytest.warns(UserWarning, match="changed nothing"):
+        again = manager([Sample([x])]).run(after, [LlmInt8(include=("first",))])
+    assert signature_of(again) == signature_of(after)
+    reasons = {refusal.reason for refusal in again.history[-1].refusals}
+    assert "already quantized" in reasons
+    assert any("was split" in reason for reason in reasons)
+
+
+def test_what_it_refuses():
+    with pytest.raises(RecipeError, match="threshold -1"):
+        LlmInt8(threshold=-1.0)
+    before = captured(Wide(), torch.randn(2, 3, 8))
+    with pytest.raises(CalibrationError, match="needs calibration data"):
+        manager().run(before, [LlmInt8()])

@@ -1,0 +1,125 @@
+"""Sorting channels by range: exact, folded where it can be, and worth it for groups."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fxopt.analysis.calibration import Sample
+from fxopt.analysis.execution import run_float64
+from fxopt.errors import RecipeError
+from fxopt.ir.program import Program
+from fxopt.passes.quantization.peg import Peg
+from fxopt.passes.quantization.quantize import Quantize
+from fxopt.pipeline.manager import Manager
+from fxopt.pipeline.verify import Verifier
+from tests.graphs import signature_of
+from tests.models import canonical_program
+from tests.passes.quantization.test_quantize import (
+    Wide,
+    as_sample,
+    bert_batch,
+    captured,
+    grouped,
+    manager,
+    refusals,
+)
+
+aten = torch.ops.aten
+
+
+def uneven(seed: int, width: int = 8) -> Tensor:
+    """Activations whose channels differ in range by a factor of 1000, in no order."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(-1, 2, width)[torch.randperm(width, generator=generator)]
+    return torch.randn(2, 5, width, generator=generator) * sizes
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), groups=st.sampled_from([2, 4]))
+def test_sorting_is_exact_and_leaves_the_ranges_sorted(seed, groups):
+    torch.manual_seed(seed)
+    before = captured(Wide(), torch.randn(2, 3, 8))
+    x = uneven(seed)
+    after = manager([Sample([x])]).run(before, [Peg(groups=groups)])
+    old, new = run_float64(before, [x]), run_float64(after, [x])
+    assert torch.allclose(old[0], new[0], rtol=1e-12, atol=1e-12)
+    gathered = after.nodes(aten.index_select.default)
+    assert len(gathered) == 1  # the input; the hidden axis is folded
+    order = after.constant(gathered[0].args[2])
+    ranges = x.amax((0, 1)).clamp(min=0) - x.amin((0, 1)).clamp(max=0)
+    assert torch.equal(order, ranges.argsort(stable=True))
+
+
+def test_verified_on_a_model_and_nothing_to_do_the_second_time():
+    program = canonical_program("bert")
+    samples = [as_sample(program, bert_batch(3, 9, seed)) for seed in (0, 1)]
+    judged = Manager(Verifier(program.examples[:1]), samples=lambda: samples)
+    after = judged.run(program, [Peg(groups=4)])
+    details = [site.detail for site in after.history[-1].sites]
+    assert any("folded, group ranges 0." in detail for detail in details)
+    assert any("gathered, group ranges 0." in detail for detail in details)
+    with pytest.warns(UserWarning, match="changed nothing"):
+        again = judged.run(after, [Peg(groups=4)])
+    assert signature_of(again) == signature_of(after)
+    others = (aten.index_select.default,)
+    assert len(after.nodes()) == len(program.nodes()) + len(after.nodes(*others))
+
+
+def test_without_folding_all_is_gathered():
+    program = canonical_program("bert")
+    samples = [as_sample(program, bert_batch(3, 9, 0))]
+    after = manager(samples).run(program, [Peg(groups=4, fold=False)])
+    assert len(after.nodes(aten.index_select.default)) == len(after.history[-1].sites)
+    assert all("gathered" in site.detail for site in after.history[-1].sites)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_one_group_and_one_per_channel_need_no_order(groups):
+    before = captured(Wide(), torch.randn(2, 3, 8))
+    with pytest.warns(UserWarning, match="changed nothing"):
+        after = manager([Sample([uneven(0)])]).run(before, [Peg(groups=groups)])
+    assert signature_of(after) == signature_of(before)
+
+
+def test_sorted_groups_round_better_than_groups_as_they_stand():
+    torch.manual_seed(0)
+    before = captured(Wide(48), torch.randn(2, 3, 48))
+    sizes = torch.tensor([100.0] + 7 * [1.0]).repeat(6)  # an outlier in each group
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(2, 5, 48, generator=generator) for _ in range(4)]
+    samples = [Sample([draw * sizes]) for draw in draws]
+
+    def error(*passes) -> float:
+        after: Program = manager(samples).run(before, list(passes))
+        x = torch.cat([sample.inputs[0] for sample in samples])
+        exact, found = (run_float64(program, [x])[0] for program in (before, after))
+        return float((exact - found).norm())
+
+    rounded = Quantize(weights=None, activations=grouped(6), include=("first",))
+    assert error(Peg(), rounded) < 0.7 * error(rounded)
+
+
+def test_refusals():
+    class Tied(nn.Module):
+        """One weight reads two activations."""
+
+        def __init__(self):
+            super().__init__()
+            self.both = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.both(x) + self.both(torch.sin(x))
+
+    x = torch.randn(2, 4, 8) * torch.tensor([1e-2, 1e2] * 4)
+    before = captured(Tied(), x)
+    with pytest.warns(UserWarning, match="changed nothing.*run untie first"):
+        after = manager([Sample([x])]).run(before, [Peg(groups=2)])
+    assert signature_of(after) == signature_of(before)
+    wide = captured(Wide(), torch.randn(2, 3, 8))
+    with pytest.warns(UserWarning, match="changed nothing"):
+        refused = manager([Sample([uneven(0)])]).run(wide, [Peg(groups=3)])
+    assert set(refusals(refused).values()) == {"3 groups do not divide its 8 inputs"}
+    with pytest.raises(RecipeError, match="groups 0"):
+        Peg(groups=0)
