@@ -58,12 +58,12 @@ def write_cache(signature: Signature, cache: Cache, present: list[Tensor]) -> No
 def _filled(layer: Any, forms: tuple[StateForm, ...], states: list[list[Tensor]]) -> Any:
     if any(form.dtype for form in forms):
         return StateLayer(forms, states)
-    if type(layer) is not DynamicLayer:
-        layer = DynamicLayer()
-    layer.keys, layer.values = states[0][0], states[1][0]
-    layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
-    layer.is_initialized = True
-    return layer
+    # The attributes of a layer are not declared alike in all releases of transformers.
+    dense: Any = layer if type(layer) is DynamicLayer else DynamicLayer()
+    dense.keys, dense.values = states[0][0], states[1][0]
+    dense.dtype, dense.device = dense.keys.dtype, dense.keys.device
+    dense.is_initialized = True
+    return dense
 
 
 def _layers(cache: Cache | None) -> list[Any]:
