@@ -34,7 +34,7 @@ EVERY_PASS = [
     ((FoldNorm(centre=True),), {}, "a linear reads model.shared.weight by its columns"),
     ((Untie(), FoldNorm(centre=True)), {"final_layer_norm": 1, "shared": 1}, CENTRED),
     ((Equalize(),), TWICE, POST_NORM),
-    ((AwqScale(),), EVERY_ATTENTION, POST_NORM),
+    ((AwqScale(ratio=0.5),), EVERY_ATTENTION, POST_NORM),
     ((SmoothQuant(ride=False),), EVERY_ATTENTION, POST_NORM),
     ((PermuteFfn(by="random"),), {"fc1": 4}, ""),
     ((PermuteVo(by="random"),), EVERY_ATTENTION, ""),

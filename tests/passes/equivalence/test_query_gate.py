@@ -86,7 +86,7 @@ EVERY_PASS = [
     ((Untie(),), [], ""),
     ((FoldNorm(),), ["norm", "last_norm"], "no linear reads it: q_norm.weight would take it up"),
     ((Equalize(),), ["norm", "q_norm", "v", "last_norm"], "a norm measures all of it together"),
-    ((AwqScale(),), ["norm", "v", "last_norm"], ""),
+    ((AwqScale(ratio=0.5),), ["norm", "v", "last_norm"], ""),
     ((SmoothQuant(),), ["last_norm", "v", "norm"], ""),
     ((PermuteFfn(by="random"),), [], ""),
     ((PermuteVo(by="random"),), ["q_and_gate"], ""),

@@ -29,6 +29,7 @@ from fxopt.passes.equivalence.permute_vo import PermuteVo
 from fxopt.passes.equivalence.rotate import Rotate
 from fxopt.passes.equivalence.smoothquant import SmoothQuant
 from fxopt.passes.equivalence.untie import Untie
+from fxopt.passes.quantization.options import WeightOptions
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.tolerances import EQUIVALENT_FLOAT64
 from fxopt.pipeline.verify import Verifier
@@ -48,7 +49,8 @@ CHAINS: dict[str, list[Pass]] = {
     "fold-norm": [FoldNorm()],
     "centre": [FoldNorm(centre=True)],
     "smoothquant": [SmoothQuant()],
-    "awq-scale": [AwqScale()],
+    "awq-scale": [AwqScale(ratio=0.5)],
+    "awq-scale auto": [AwqScale(weights=WeightOptions("int4"))],
     "equalize": [Equalize()],
     "permute-ffn": [PermuteFfn(by="random")],
     "permute-vo": [PermuteVo(by="random")],
