@@ -46,8 +46,24 @@ INT4_TOKENS = {
 INT8_TOKENS = {
     "quantize": {"weights": None, "activations": {"dtype": "int8", "granularity": "token"}, **HEAD}
 }
+
+
+def static(**options: Any) -> dict[str, Any]:
+    """int8 weights per channel, and activations rounded by scales from calibration."""
+    activations = {"granularity": "tensor", "symmetric": False, **options}
+    return {"quantize": {"activations": activations, **HEAD}}
+
+
 ROTATE = ["untie", {"fold-norm": {"centre": True}}, {"rotate": {"seed": 2}}]
 RECIPES: dict[str, list[Any]] = {
+    "W8A8 static": [static()],
+    "W8A8 static, moving average": [static(observer="moving_average")],
+    "W8A8 static, percentile 99.99": [static(observer="percentile")],
+    "W8A8 static, mse": [static(observer="mse")],
+    "W8A8 static, kl": [static(observer="kl")],
+    "W8A8 static, peg with 6 groups": ["peg", static(granularity="embedding_group")],
+    "W8A8 static, mixed precision keeps 10": [static(), "mixed-precision"],
+    "W8A8 per token, llm-int8": [{"llm-int8": HEAD}],
     "int4 per channel, to nearest": rounded(CHANNEL),
     "int4 per channel, output range": rounded(CHANNEL, "output"),
     "int4 per channel, awq": awq(CHANNEL),
@@ -60,6 +76,8 @@ RECIPES: dict[str, list[Any]] = {
     "int4 groups of 64, gptq, mse range": gptq({**GROUP, "range": "mse"}),
     "int4 groups of 64 asymmetric, gptq": gptq({**GROUP, "symmetric": False}),
     "nf4 groups of 64": rounded(weights("nf4", 64)),
+    "gobo, 4 bits": [{"gobo": {"bits": 4, **HEAD}}],
+    "gobo, 3 bits": [{"gobo": {"bits": 3, **HEAD}}],
     "int3 groups of 64, to nearest": rounded(THREE),
     "int3 groups of 64, gptq": gptq(THREE),
     "int3 groups of 64, gptq, mse range": gptq({**THREE, "range": "mse"}),

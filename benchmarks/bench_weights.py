@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 import torch
-from bench_symmetry import MiniLM, SmolLM2, rewritten
+from recipe_table import MODELS, rewritten, subject_of
 from rich.console import Console
 
 from fxopt.ir.program import Program
@@ -66,11 +66,11 @@ def linear_bytes(program: Program) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=["minilm", "smollm2"], default="minilm")
+    parser.add_argument("--model", choices=MODELS, default="minilm")
     parser.add_argument("--only", default="")
     options = parser.parse_args()
     console = Console(soft_wrap=True)
-    subject = {"minilm": MiniLM, "smollm2": SmolLM2}[options.model]()
+    subject = subject_of(options.model)
     original = subject.program
     console.print(f"original: {linear_bytes(original):,} of {original.byte_count():,} bytes")
     for title, passes in RECIPES.items():

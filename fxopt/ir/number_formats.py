@@ -4,6 +4,7 @@ An integer format holds `bits` bits in two's complement; a floating format is on
 codebook format holds indices into a table of values.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -25,6 +26,7 @@ class NumberFormat:
         storage: the dtype of one number before it is packed.
         low: the smallest integer, or the negative of the largest finite number.
         high: the largest.
+        table: makes the values of a codebook that is the same for every weight.
     """
 
     name: str
@@ -33,6 +35,7 @@ class NumberFormat:
     storage: torch.dtype
     low: int
     high: int
+    table: Callable[[], Tensor] | None = None
 
     @property
     def signed(self) -> bool:
@@ -48,9 +51,9 @@ class NumberFormat:
 
     def codebook(self) -> Tensor:
         """The values of a codebook format, ascending, in [-1, 1]."""
-        if self.name != "nf4":
+        if self.table is None:
             raise RecipeError(f"{self.name} has no fixed table of values.")
-        return _normal_float4()
+        return self.table()
 
 
 def _integer(bits: int) -> NumberFormat:
@@ -61,14 +64,6 @@ def _integer(bits: int) -> NumberFormat:
 def codebook_format(bits: int) -> NumberFormat:
     """Indices of `bits` bits into a table that is learned for each weight."""
     return NumberFormat(f"codebook{bits}", "codebook", bits, torch.uint8, 0, (1 << bits) - 1)
-
-
-FORMATS: dict[str, NumberFormat] = {
-    **{f"int{bits}": _integer(bits) for bits in (8, 4, 3, 2)},
-    "fp8_e4m3": NumberFormat("fp8_e4m3", "floating", 8, torch.float8_e4m3fn, -448, 448),
-    "fp8_e5m2": NumberFormat("fp8_e5m2", "floating", 8, torch.float8_e5m2, -57344, 57344),
-    "nf4": NumberFormat("nf4", "codebook", 4, torch.uint8, -1, 1),
-}
 
 
 @cache
@@ -84,3 +79,11 @@ def _normal_float4() -> Tensor:
     below = -torch.special.ndtri(torch.linspace(edge, 0.5, 8, dtype=torch.float64))[:-1]
     values = torch.cat([below, above])
     return (values / values.abs().max()).sort().values.float()
+
+
+FORMATS: dict[str, NumberFormat] = {
+    **{f"int{bits}": _integer(bits) for bits in (8, 4, 3, 2)},
+    "fp8_e4m3": NumberFormat("fp8_e4m3", "floating", 8, torch.float8_e4m3fn, -448, 448),
+    "fp8_e5m2": NumberFormat("fp8_e5m2", "floating", 8, torch.float8_e5m2, -57344, 57344),
+    "nf4": NumberFormat("nf4", "codebook", 4, torch.uint8, -1, 1, _normal_float4),
+}

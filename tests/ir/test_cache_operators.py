@@ -37,7 +37,7 @@ def empty(form: StateForm, batch: int, dtype: torch.dtype = torch.float32) -> li
     if not form.dtype:
         return [torch.empty(batch, HEADS, 0, WIDTH, dtype=dtype)]
     if not form.bits:
-        held = TOKEN_FORMATS[form.dtype][0]
+        held = TOKEN_FORMATS[form.dtype].storage
         shapes = [((0, WIDTH), held), ((0, 1), dtype)]
     else:
         per_channel = form.per_channel

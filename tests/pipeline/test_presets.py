@@ -67,7 +67,7 @@ def test_four_bit_presets_round_in_groups_of_64_and_the_rest_in_int8(name, passe
 
 
 @pytest.mark.parametrize("name", ["smoothquant", "awq-scale", "rotate", "equalize", "permute-ffn"])
-@pytest.mark.parametrize("rounding", ["quantize", "gptq"])
+@pytest.mark.parametrize("rounding", ["quantize", "gptq", "gobo", "llm-int8"])
 def test_what_runs_before_quantize_runs_before_every_pass_that_rounds(name, rounding):
     with pytest.raises(RecipeError, match=f"{name} must run before {rounding}; exchange them"):
         Recipe.resolve(["canonicalize", rounding, name])

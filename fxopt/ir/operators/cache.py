@@ -9,11 +9,12 @@ residual of the newest ones in floating point.
 import torch
 from torch import Tensor
 
+from fxopt.ir.number_formats import FORMATS
 from fxopt.ir.operators.packing import pack_codes, unpack_codes
 from fxopt.ir.operators.registration import define
 
-# The dtype that holds a token's numbers, and the largest magnitude that its scale is chosen for.
-TOKEN_FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+# How a token's numbers are held, by what a recipe calls it.
+TOKEN_FORMATS = {"int8": FORMATS["int8"], "fp8": FORMATS["fp8_e4m3"]}
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -44,7 +45,7 @@ def append_token_reference(
     Shapes: values [B, H, T, D] int8 or float8; scale [B, H, T, 1]; new [B, H, S, D]
         -> [B, H, T + S, D], [B, H, T + S, 1].
     """
-    kind, largest = TOKEN_FORMATS[dtype]
+    kind, largest = TOKEN_FORMATS[dtype].storage, float(TOKEN_FORMATS[dtype].high)
     wide = new.to(_compute_dtype(new))
     step = _step(wide.abs().amax(-1, keepdim=True) / largest, scale.dtype)
     q = wide / step.to(wide.dtype)

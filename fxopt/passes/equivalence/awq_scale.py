@@ -27,6 +27,7 @@ from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
 from fxopt.passes.equivalence.changes import Changes
+from fxopt.passes.equivalence.rounding_error import token_weights
 from fxopt.passes.equivalence.smoothing import SmoothingSite, scale_site, smoothing_sites
 from fxopt.passes.quantization.grid import choose_grid
 from fxopt.passes.quantization.options import WeightOptions
@@ -92,7 +93,8 @@ class AwqScale(Pass):
         if self.ratio != "auto":
             return _power(site, known[name], self.ratio)
         weights = [program.weight(weight).float() for weight in site.reader.weights]
-        counts = _token_weights(known[name], weights)[:, None]
+        energies = torch.stack([(known[name] @ w.T).square().sum(1) for w in weights]).sum(0)
+        counts = token_weights(energies, energies.median())[:, None]
         mean = (known[name].abs() * counts.sqrt()).mean(0)
         moments = known[name].T @ (known[name] * counts)
         candidates = [_power(site, mean, ratio) for ratio in RATIOS]
@@ -109,12 +111,6 @@ class AwqScale(Pass):
             difference = choose_grid(wide, self.weights).round(wide) / scale - weight
             total += float(((difference @ moments) * difference).sum())
         return total
-
-
-def _token_weights(rows: Tensor, weights: list[Tensor]) -> Tensor:
-    """How much the error of each row counts, [n]."""
-    energies = torch.stack([(rows @ weight.T).square().sum(1) for weight in weights]).sum(0)
-    return 1 / (energies + energies.median()).clamp(torch.finfo(energies.dtype).tiny)
 
 
 def _power(site: SmoothingSite, mean: Tensor, ratio: float) -> Tensor:

@@ -18,6 +18,11 @@ quantization = torch.ops.fxopt
 _LOW, _HIGH = {True: -127, False: -128}, 127
 
 
+def token_weights(energies: Tensor, usual: Tensor) -> Tensor:
+    """How much the errors of tokens count, [n], by the energy of what they give and a usual one."""
+    return 1 / (energies + usual).clamp(torch.finfo(energies.dtype).tiny)
+
+
 @dataclass(frozen=True)
 class Rounding:
     """An activation's rows, the weights that read it, and how the activation will be rounded."""
@@ -39,7 +44,7 @@ class Rounding:
     def token_weights(self) -> list[Tensor]:
         """How much the error of a token counts, [n] for each linear."""
         energies = [output.square().sum(1) for output in self.outputs]
-        return [1 / (e + e.mean()).clamp(torch.finfo(e.dtype).tiny) for e in energies]
+        return [token_weights(e, e.mean()) for e in energies]
 
     @cached_property
     def row_energies(self) -> list[Tensor]:

@@ -227,7 +227,7 @@ def _shapes(
 def _dtypes(form: StateForm, scales: torch.dtype, dense: torch.dtype) -> list[torch.dtype]:
     if form.bits:
         return [torch.uint8, scales, scales, dense]
-    return [TOKEN_FORMATS[form.dtype][0], scales]
+    return [TOKEN_FORMATS[form.dtype].storage, scales]
 
 
 def _inputs(

@@ -55,7 +55,7 @@ class Gobo(Pass):
     exactness = Exactness.APPROXIMATE
     input_level = Level.CANONICAL
     output_level = Level.QUANTIZED
-    after = ("canonicalize", "untie", "smoothquant", "awq-scale", "rotate", "equalize")
+    after = ("canonicalize",)
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Store every selected weight; a tied one once."""

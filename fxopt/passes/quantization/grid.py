@@ -86,6 +86,13 @@ def choose_grid(x: Tensor, options: WeightOptions, loss: Loss | None = None) -> 
     )
 
 
+def _squared_error(block: Sequence[int]) -> Loss:
+    def loss(x: Tensor, rounded: Tensor) -> Tensor:
+        return sum_blocks((x - rounded).square(), block)
+
+    return loss
+
+
 def output_loss(moments: Tensor, block: Sequence[int]) -> Loss:
     """What rounding costs in a linear's output, from the second moments [in, in] of its input.
 
@@ -132,9 +139,8 @@ def _grid_of(
     grid = Grid(options.format, block, scale, zero, low, high)
     if options.range == "absmax":
         return grid
-    if loss is None or options.range == "mse":
-        loss = lambda x, y: sum_blocks((x - y).square(), block)  # noqa: E731
-    return _least_loss(x, grid, loss)
+    judged = loss if options.range == "output" else None
+    return _least_loss(x, grid, judged or _squared_error(block))
 
 
 def _least_loss(x: Tensor, grid: Grid, loss: Loss) -> Grid:

@@ -47,7 +47,7 @@ class LlmInt8(Pass):
     exactness = Exactness.APPROXIMATE
     input_level = Level.CANONICAL
     output_level = Level.QUANTIZED
-    after = ("canonicalize", "smoothquant", "rotate", "equalize")
+    after = ("canonicalize",)
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:

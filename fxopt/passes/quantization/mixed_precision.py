@@ -7,7 +7,8 @@ Shapes: S is the set of activations in floating point, y(S) [tokens, d] the firs
 Exactness: approximate, with no larger step anywhere than before. Activations are ranked once, by
     leave-one-out, and taken in that order until there are `keep` of them or e is at `target`.
     Deviation: kept activations are in the model's own dtype, not in 16 bit fixed point; weights
-    stay rounded, and y(all) is with them.
+    stay rounded, and y(all) is with them. The default of `keep` was chosen on MiniLM's held-out
+    text, where 8 left half of the error and 10 less; other models need a number of their own.
 Source: Bondarenko et al., Understanding and Overcoming the Challenges of Efficient Transformer
     Quantization, EMNLP 2021, arXiv:2109.12948.
 """

@@ -8,6 +8,13 @@ from fxopt.errors import RecipeError
 from fxopt.ir.number_formats import FORMATS, NumberFormat
 
 
+def _check_zero_point(found: NumberFormat, symmetric: bool) -> None:
+    if not symmetric and found.kind != "integer":
+        raise RecipeError(
+            f"{found.name} has no zero point; leave symmetric out or choose an integer type."
+        )
+
+
 @dataclass(frozen=True)
 class WeightOptions:
     """How weights of linears are stored."""
@@ -23,10 +30,7 @@ class WeightOptions:
         self._check_size("group", "group_size", self.group_size, self.group_size or 0)
         smallest = min(self.block_size or (0,))
         self._check_size("block", "block_size", self.block_size, smallest)
-        if not self.symmetric and self.format.kind != "integer":
-            raise RecipeError(
-                f"{self.dtype} has no zero point; leave symmetric out or choose an integer type."
-            )
+        _check_zero_point(self.format, self.symmetric)
 
     def _check_size(self, granularity: str, name: str, value: object, smallest: int) -> None:
         if self.granularity == granularity and (value is None or smallest < 1):
@@ -96,10 +100,7 @@ class ActivationOptions:
                 f"observer 'kl' counts levels of equal width, which {self.dtype} has not; choose "
                 "'mse' or 'percentile'."
             )
-        if not self.symmetric and self.format.kind != "integer":
-            raise RecipeError(
-                f"{self.dtype} has no zero point; leave symmetric out or choose an integer type."
-            )
+        _check_zero_point(self.format, self.symmetric)
 
     @property
     def format(self) -> NumberFormat:

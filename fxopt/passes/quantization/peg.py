@@ -45,7 +45,7 @@ class Peg(Pass):
     exactness = Exactness.EQUIVALENT
     input_level = Level.CANONICAL
     after = ("canonicalize", "rotate", "equalize", "smoothquant", "permute-ffn", "permute-residual")
-    before = ("quantize", "gptq")
+    before = ("quantize",)
 
     def __post_init__(self) -> None:
         if self.groups < 1:

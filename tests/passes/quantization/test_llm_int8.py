@@ -10,6 +10,7 @@ from fxopt.analysis.execution import run
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program
 from fxopt.ir.stored_codes import stored_values
+from fxopt.lowering import LoweringOptions, lower
 from fxopt.passes.quantization.llm_int8 import LlmInt8
 from fxopt.passes.quantization.quantize import Quantize
 from tests.graphs import signature_of
@@ -120,3 +121,13 @@ def test_what_it_refuses():
     before = captured(Wide(), torch.randn(2, 3, 8))
     with pytest.raises(CalibrationError, match="needs calibration data"):
         manager().run(before, [LlmInt8()])
+
+
+def test_lowered_the_mask_rides_in_the_kernel():
+    _, program, x = split_program()
+    lowered = lower(program, LoweringOptions(target="cpu", speed_gate=False)).program
+    [node] = lowered.nodes(ops.dynamic_linear_w8a8.default)
+    assert not lowered.nodes(aten.mul.Tensor, ops.quantize.default)
+    mask = lowered.constant(node.args[-1])
+    assert mask.tolist() == [float(j not in (2, 5)) for j in range(8)]
+    assert torch.allclose(run(lowered, [x])[0], run(program, [x])[0], atol=1e-4)
