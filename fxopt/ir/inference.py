@@ -5,6 +5,7 @@ from collections.abc import Generator
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_aggregate
@@ -29,7 +30,8 @@ def infer(node: Node, mode: FakeTensorMode) -> Any:
 
     args = map_aggregate(node.args, value)
     kwargs = map_aggregate(node.kwargs, value)
-    with mode, torch.no_grad(), _no_new_guards(mode):
+    # torch 2.11 decomposes linear in C++ else, which cannot count elements of unknown sizes.
+    with mode, torch.no_grad(), enable_python_dispatcher(), _no_new_guards(mode):
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
