@@ -32,7 +32,22 @@ GENERATIVE = [
     "gptj",
     "falcon",
 ]
-ENCODERS = ["bert", "roberta", "distilbert", "vit", "clip", "modernbert", "deberta", "debertav1"]
+ENCODERS = [
+    "bert",
+    "roberta",
+    "distilbert",
+    "vit",
+    "clip",
+    "modernbert",
+    "deberta",
+    pytest.param(
+        "debertav1",
+        marks=pytest.mark.skipif(
+            torch.__version__.startswith(("2.11.", "2.12.")),
+            reason="torch 2.11 cannot export a slice at a place that depends on values",
+        ),
+    ),
+]
 MODES = {"cache": {}, "beams": {"num_beams": 3}, "no cache": {"use_cache": False}}
 
 
