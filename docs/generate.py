@@ -61,7 +61,9 @@ def _contract(cls: type[Pass]) -> str:
 def _options(schema: dict[str, Any], cls: Any, prefix: str = "") -> list[str]:
     """One row for each option; the options inside an option follow it."""
     shared = schema.get("$defs", {})
-    defaults = cls() if prefix == "" else cls
+    asked = set(schema.get("required", ()))
+    # What must be given has no default; the class itself knows those of the rest.
+    defaults = cls() if prefix == "" and not asked else cls
     rows: list[str] = []
     for name, details in schema.get("properties", {}).items():
         default = getattr(defaults, name, None)
@@ -70,7 +72,8 @@ def _options(schema: dict[str, Any], cls: Any, prefix: str = "") -> list[str]:
         nullable = any(option.get("type") == "null" for option in details.get("anyOf", []))
         if nested and nullable:
             values += " or null"
-        rows.append(f"| `{prefix}{name}` | {values} | {_default(default, bool(nested))} |")
+        shown = "must be given" if name in asked else _default(default, bool(nested))
+        rows.append(f"| `{prefix}{name}` | {values} | {shown} |")
         if nested:
             inner = {"properties": nested["properties"], "$defs": shared}
             rows += _options(inner, _example(default, nested), f"{prefix}{name}.")
@@ -99,13 +102,21 @@ def _values(details: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in details.get("enum", [details.get("const")]))
     if details.get("type") == "array":
         return f"list of {_values(details.get('items', {}))}"
+    if "$ref" in details:
+        return f"{details['$ref'].rpartition('/')[2]}"
     return str(details.get("type", "any"))
 
 
 def _default(default: Any, nested: bool) -> str:
     if nested:
         return "null" if default is None else "as below"
-    return "null" if default is None else f"`{json.dumps(default)}`"
+    return "null" if default is None else f"`{json.dumps(default, default=_set_fields)}`"
+
+
+def _set_fields(value: Any) -> dict[str, Any]:
+    """A dataclass inside a default: the fields that differ from their own defaults."""
+    fields = dataclasses.fields(value)
+    return {f.name: v for f in fields if (v := getattr(value, f.name)) != f.default}
 
 
 def main() -> int:

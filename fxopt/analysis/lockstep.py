@@ -5,7 +5,7 @@ rewrites the node then sees the effect of its earlier rewrites in everything tha
 ("true sequential"), and the model runs over the data once, whatever the number of sites.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch.fx.node import map_arg
 from fxopt.analysis.calibration import Sample, real_rows
 from fxopt.errors import CalibrationError
 from fxopt.ir.program import Program
+
+# Computes a node in another way, from what `load` says of its sources.
+Instead = Callable[[Callable[[Node], Any]], Any]
 
 
 class Lockstep:
@@ -35,7 +38,7 @@ class Lockstep:
         """
         order = list(self.program.graph.nodes)
         last = _last_uses(order)
-        self._start(order)
+        self.begin()
         for node in order:
             if node.op == "call_function":
                 visit(node)
@@ -59,8 +62,34 @@ class Lockstep:
             )
         return found
 
-    def _start(self, order: Sequence[Node]) -> None:
-        inputs = [node for node in order if node.op == "placeholder"]
+    @torch.no_grad()
+    def outputs(self, start: Node, instead: Mapping[Node, Instead]) -> Iterator[list[Tensor]]:
+        """What each batch would give if some nodes from `start` on were computed in another way.
+
+        To be asked in a visit of `start`, or of the first call after `begin`; what comes before is
+        not computed again.
+        """
+        order = list(self.program.graph.nodes)
+        order = order[order.index(start) :]
+        last = _last_uses(order)
+        for values in self.values:
+            made: dict[Node, Any] = {}
+            for node in order:
+                if node.op != "call_function":
+                    continue
+                own = instead.get(node)
+                if own is None:
+                    made[node] = self._call(node, values, made)
+                else:
+                    made[node] = own(lambda source, v=values, m=made: self._load(source, v, m))
+                for done in last.get(node, ()):
+                    made.pop(done, None)
+            (results,) = order[-1].args
+            yield [self._load(node, values, made) for node in results]  # type: ignore[union-attr]
+
+    def begin(self) -> None:
+        """Hand each batch to the program's inputs; `run` does so by itself."""
+        inputs = [node for node in self.program.graph.nodes if node.op == "placeholder"]
         for values, sample in zip(self.values, self.samples, strict=True):
             values.update(zip(inputs, sample.inputs, strict=True))
 
@@ -77,20 +106,23 @@ class Lockstep:
 
     def _call(self, node: Node, values: dict[Node, Any], made: dict[Node, Any]) -> Any:
         def load(source: Node) -> Any:
-            for known in (values, self.constant, made):
-                if source in known:
-                    return known[source]
-            if source.op == "get_attr":
-                return self.program.weight(str(source.target))
-            found = self._call(source, values, made)
-            if self._from_weights(source):
-                made[source] = found
-            return found
+            return self._load(source, values, made)
 
         args: Any = map_arg(node.args, load)
         kwargs: Any = map_arg(node.kwargs, load)
         target: Any = node.target
         return target(*args, **kwargs)
+
+    def _load(self, source: Node, values: dict[Node, Any], made: dict[Node, Any]) -> Any:
+        for known in (made, values, self.constant):
+            if source in known:
+                return known[source]
+        if source.op == "get_attr":
+            return self.program.weight(str(source.target))
+        found = self._call(source, values, made)
+        if self._from_weights(source):
+            made[source] = found
+        return found
 
     def _from_weights(self, node: Node) -> bool:
         if node.op != "call_function":

@@ -2,7 +2,7 @@
 
 import copy
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,6 +52,33 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Figures that a pass reports, row by row; a plot shows column `y` over column `x`."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float, ...], ...]
+    x: str = ""
+    y: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        return {
+            "title": self.title,
+            "columns": list(self.columns),
+            "rows": [list(row) for row in self.rows],
+            "x": self.x,
+            "y": self.y,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Table":
+        """The inverse of `to_dict`."""
+        rows = tuple(tuple(row) for row in data["rows"])
+        return Table(data["title"], tuple(data["columns"]), rows, data["x"], data["y"])
+
+
+@dataclass(frozen=True)
 class PassRecord:
     """What one pass did: kept in `Program.history` and stored with the model.
 
@@ -70,6 +97,7 @@ class PassRecord:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     beyond_weights: str = ""
+    tables: tuple[Table, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
@@ -85,6 +113,7 @@ class PassRecord:
             "seconds": self.seconds,
             "notes": list(self.notes),
             "beyond_weights": self.beyond_weights,
+            "tables": [table.to_dict() for table in self.tables],
         }
 
     @staticmethod
@@ -94,6 +123,7 @@ class PassRecord:
         plain["sites"] = tuple(Site(**site) for site in data["sites"])
         plain["refusals"] = tuple(Refusal(**refusal) for refusal in data["refusals"])
         plain["notes"] = tuple(data["notes"])
+        plain["tables"] = tuple(Table.from_dict(table) for table in data.get("tables", ()))
         return PassRecord(**plain)
 
 
@@ -168,11 +198,7 @@ class Program:
 
     def byte_count(self) -> int:
         """Bytes of all weights and buffers, each storage counted once."""
-        storages = {
-            tensor.untyped_storage().data_ptr() or id(tensor): tensor.untyped_storage().nbytes()
-            for _, tensor in iterate_weights(self.graph_module)
-        }
-        return sum(storages.values())
+        return bytes_held([self])
 
     def clone(self) -> "Program":
         """A copy whose graph and weight table may change freely; tensors are shared."""
@@ -192,6 +218,16 @@ class Program:
             layouts=dict(self.layouts),
             notes=list(self.notes),
         )
+
+
+def bytes_held(programs: Iterable[Program]) -> int:
+    """Bytes of the weights and buffers of several programs, what they share counted once."""
+    storages = {
+        tensor.untyped_storage().data_ptr() or id(tensor): tensor.untyped_storage().nbytes()
+        for program in programs
+        for _, tensor in iterate_weights(program.graph_module)
+    }
+    return sum(storages.values())
 
 
 def iterate_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from fxopt.analysis.calibration import Sample
 from fxopt.errors import RecipeError
-from fxopt.ir.program import Level, Program, Refusal, Site
+from fxopt.ir.program import Level, Program, Refusal, Site, Table
 
 
 StateChange = Callable[[Tensor], Tensor | Sequence[Tensor]]
@@ -37,6 +37,7 @@ class PassResult:
     state: Mapping[str, StateChange] = field(default_factory=dict[str, StateChange])
     # How many old tokens a call must read before it shows what the pass did; 0: none.
     past: int = 0
+    tables: tuple[Table, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Context:
     )
     samples: Sequence[Sample] = ()
     progress: Callable[[str], None] = lambda _: None
+    # Milliseconds of one call of a program, lowered as it will be, at (batch, length).
+    latency: Callable[[Program, tuple[int, int]], float] | None = None
 
 
 class Pass:
@@ -78,6 +81,7 @@ class Pass:
     output_level: ClassVar[Level | None] = None  # None: the level stays as it is
     after: ClassVar[tuple[str, ...]] = ()  # passes that, if present, must come earlier
     before: ClassVar[tuple[str, ...]] = ()  # passes that, if present, must come later
+    followed_by: ClassVar[tuple[str, ...]] = ()  # one of these must come later
     may_do_nothing: ClassVar[bool] = False  # True: no warning when there is no site
     # True: it rewrites the graph whatever the weights are, so the model can still take them.
     for_any_weights: ClassVar[bool] = False

@@ -55,6 +55,7 @@ class Manager:
         progress: told which pass is running.
         replaced: given the program before and after a pass, when the pass has run and before it
             is judged: for who wants to hold what it replaced elsewhere.
+        latency: milliseconds of one call of a program at (batch, length), once lowered.
     """
 
     verifier: Verifier
@@ -62,6 +63,7 @@ class Manager:
     expectations: Mapping[str, Expectation] = field(default_factory=dict[str, Expectation])
     progress: Progress = silent
     replaced: Callable[[Program, Program], None] = ignore_replaced
+    latency: Callable[[Program, tuple[int, int]], float] | None = None
 
     def run(self, program: Program, passes: Sequence[Pass]) -> Program:
         """The program after all passes; the one given is not changed.
@@ -85,6 +87,7 @@ class Manager:
             statistics=self._statistics(program, a_pass, samples),
             samples=samples,
             progress=lambda detail: self.progress(a_pass.name, detail),
+            latency=self.latency,
         )
         result = self._run_guarded(a_pass, working, context)
         _refuse_in_place_edits(a_pass, program, versions)
@@ -110,6 +113,7 @@ class Manager:
             bytes_after=working.byte_count(),
             seconds=time.perf_counter() - started,
             notes=result.notes,
+            tables=result.tables,
             beyond_weights="" if a_pass.for_any_weights else beyond_weights(program, working),
         )
         working.history.append(record)

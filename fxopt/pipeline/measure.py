@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxopt.analysis.execution import promote, run
+from fxopt.analysis.output_error import divergence, is_logits
 from fxopt.ir.program import Program
 from fxopt.passes.base import PassResult
 
@@ -114,7 +115,7 @@ def measure(
                 continue
             signal[index] += float(torch.where(finite, a, 0.0).square().sum())
             noise[index] += float(torch.where(finite, a - b, 0.0).square().sum())
-            if specs[index].name.rpartition(".")[2].endswith("logits") and a.dim() >= 2:
+            if is_logits(specs[index]) and a.dim() >= 2:
                 kls.append(divergence(a, b).flatten())
                 agreements.append((a.argmax(-1) == b.argmax(-1)).double().flatten())
     outputs = {
@@ -164,9 +165,3 @@ def layer_decibels(
     run(before, inputs[0], remember)
     run(after, inputs[1], compare)
     return decibels
-
-
-def divergence(a: Tensor, b: Tensor) -> Tensor:
-    """KL(softmax(a) || softmax(b)) over the last axis, in nats."""
-    p, q = a.log_softmax(-1), b.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)

@@ -11,7 +11,8 @@ from fxopt.pipeline.problems import Problem
 
 def order_problems(built: Sequence[Pass | None]) -> list[Problem]:
     """What is wrong with an order of passes; None stands for one that could not be built."""
-    return [*_declared_order(built), *_rounding(built), *_levels(built), *_repeats(built)]
+    found = [*_declared_order(built), *_missing(built), *_rounding(built)]
+    return [*found, *_levels(built), *_repeats(built)]
 
 
 def _declared_order(built: Sequence[Pass | None]) -> list[Problem]:
@@ -25,6 +26,19 @@ def _declared_order(built: Sequence[Pass | None]) -> list[Problem]:
             for name in sorted(names - {item.name}):
                 reason = f"{item.name} must run {verb} {name}; exchange them."
                 problems.append(Problem(f"passes[{index}].{item.name}", reason))
+    return problems
+
+
+def _missing(built: Sequence[Pass | None]) -> list[Problem]:
+    """Passes that only prepare something, with nothing after them that uses it."""
+    problems: list[Problem] = []
+    for index, item in enumerate(built):
+        if item is None or not item.followed_by or None in built:
+            continue
+        if not {other.name for other in built[index + 1 :] if other} & {*item.followed_by}:
+            makers = " or ".join(item.followed_by)
+            reason = f"{item.name} has no effect by itself; put {makers} after it."
+            problems.append(Problem(f"passes[{index}].{item.name}", reason))
     return problems
 
 

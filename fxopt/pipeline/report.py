@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fxopt.errors import InputError, LoadError, SaveError
-from fxopt.ir.program import PassRecord, Program, module_path
+from fxopt.ir.program import PassRecord, Program, bytes_held, module_path
 from fxopt.kernels import native_status
 from fxopt.lowering import Lowered
 from fxopt.pipeline.recipe import Recipe
@@ -47,7 +47,11 @@ class OutputError:
 
 @dataclass
 class Report:
-    """What `optimize` did, from capture to lowering."""
+    """What `optimize` did, from capture to lowering.
+
+    `bytes_after` is what the weights take as they are stored, `bytes_held` what the running model
+    holds: more where a kernel keeps a copy of its own, or a weight runs in floating point.
+    """
 
     model: str
     model_class: str
@@ -56,6 +60,7 @@ class Report:
     history: list[PassRecord] = field(default_factory=list[PassRecord])
     bytes_before: int = 0
     bytes_after: int = 0
+    bytes_held: int = 0
     seconds: float = 0.0
     target: str = ""
     notes: list[str] = field(default_factory=list[str])
@@ -226,6 +231,7 @@ def build_report(
         history=list(program.history),
         bytes_before=bytes_before,
         bytes_after=program.byte_count(),
+        bytes_held=bytes_held([program, lowered.program]),
         seconds=seconds,
         target=lowered.target,
         notes=[*program.notes, *_native_notes(lowered.target)],

@@ -3,10 +3,10 @@
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from fxopt.ir.program import PassRecord
+from fxopt.ir.program import PassRecord, Table
 from fxopt.pipeline.report import LoweredSite, Report
 
 
@@ -21,6 +21,8 @@ def to_markdown(report: Report) -> str:
     for name, layers in report.layer_decibels().items():
         rows = [[path, f"{decibels:.1f}"] for path, decibels in layers.items()]
         parts += [f"## Decibels after {name}", _table(["layer", "dB"], rows)]
+    for title, table in tables(report):
+        parts += [f"## {title}", _table(list(table.columns), table_rows(table))]
     if report.lowering:
         header = ["rule", "replaced", "kept", "us before", "us after"]
         parts += [f"## Lowering to {report.target}", _table(header, lowering_rows(report))]
@@ -32,7 +34,7 @@ def to_markdown(report: Report) -> str:
 def to_rich(report: Report) -> Any:
     """The report's heart as a table for the terminal."""
     recipe = report.recipe.get("name", "custom")
-    table = Table(title=f"{report.model_class} ({report.model}) by {recipe}")
+    table = RichTable(title=f"{report.model_class} ({report.model}) by {recipe}")
     for column in ("pass", "sites", "refused", "check", "bytes", "seconds"):
         table.add_column(column, justify="left" if column in ("pass", "check") else "right")
     for record in report.history:
@@ -116,6 +118,22 @@ def error_rows(report: Report) -> list[list[str]]:
     ]
 
 
+def tables(report: Report) -> list[tuple[str, Table]]:
+    """What passes report as tables of their own, each with its title."""
+    return [
+        (f"{record.name}: {table.title}", table)
+        for record in report.history
+        for table in record.tables
+    ]
+
+
+def table_rows(table: Table) -> list[list[str]]:
+    """The cells of a pass's table as text."""
+    return [
+        [cell if isinstance(cell, str) else f"{cell:,.6g}" for cell in row] for row in table.rows
+    ]
+
+
 def lowering_rows(report: Report) -> list[list[str]]:
     """Lowered sites by rule; those kept as they were by reason."""
     groups: dict[str, list[LoweredSite]] = {}
@@ -134,10 +152,11 @@ def lowering_rows(report: Report) -> list[list[str]]:
 
 
 def bytes_line(report: Report) -> str:
-    """Bytes of all weights before and after, with their ratio."""
-    before, after = report.bytes_before, report.bytes_after
+    """Bytes of all weights before and after, with their ratio, and what running holds."""
+    before, after, held = report.bytes_before, report.bytes_after, report.bytes_held
     ratio = f" ({after / before:.3f}x)" if before else ""
-    return f"{before:,} -> {after:,} bytes{ratio}"
+    running = f", {held:,} held while running ({held / before:.3f}x)" if held and before else ""
+    return f"{before:,} -> {after:,} bytes{ratio}{running}"
 
 
 def _number(value: float | None, form: str, missing: str = "") -> str:

@@ -92,6 +92,20 @@ def test_gobo_is_in_three_bits_with_head_and_embeddings_in_four():
     assert first.needs() == rest.needs() == ()
 
 
+@pytest.mark.parametrize("name", ["mixed-hawq", "mixed-accuracy"])
+def test_mixed_presets_choose_among_four_and_eight_bits(name):
+    _, allocate, *rest = presets()[name].build()
+    four, eight, *floating = allocate.choices
+    assert (four.weights.dtype, four.weights.group_size, eight.weights.dtype) == (
+        "int4",
+        64,
+        "int8",
+    )
+    assert len(floating) == (name == "mixed-accuracy")
+    # The last one stores head and embeddings alike, so that a tied table stays one tensor.
+    assert rest[-1].weights == rest[-1].embeddings.as_weight() == WeightOptions("int8", "channel")
+
+
 @pytest.mark.parametrize("model", ["bert", "llama", "gemma3"])
 @pytest.mark.parametrize(
     ("name", "share"), [("w4a16", 0.35), ("w4a16-nf4", 0.35), ("w3-gobo", 0.2)]

@@ -1,10 +1,14 @@
 """How an operator joins the `fxopt::` namespace."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
+
+# The plain torch that an operator stands for, by the operator: autograd sees through it.
+REFERENCES: dict[Any, Callable[..., Any]] = {}
 
 
 def define(schema: str, reference: Any, fake: Any) -> None:
@@ -13,3 +17,4 @@ def define(schema: str, reference: Any, fake: Any) -> None:
     LIBRARY.define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxopt::{name}", fake, lib=LIBRARY)
+    REFERENCES[getattr(torch.ops.fxopt, name).default] = reference

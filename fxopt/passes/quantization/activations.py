@@ -46,6 +46,16 @@ def quantize_activation(
     return build.call(ops.dequantize.default, codes, scale, zero_point, block, dtype_of(source))
 
 
+def round_by_token(x: Tensor, options: ActivationOptions) -> Tensor:
+    """What the graph of `quantize_activation` computes at granularity "token"."""
+    low, high = options.format.range(options.symmetric)
+    block = [1] * (x.dim() - 1) + [-1]
+    scale, zero = ops.choose_qparams(x, block, options.symmetric, low, high)
+    zero_point = None if options.symmetric else zero
+    codes = ops.quantize(x, scale, zero_point, block, options.format.storage, low, high)
+    return ops.dequantize(codes, scale, zero_point, block, x.dtype)
+
+
 def width_of(node: Node) -> int:
     """How many inputs a linear has."""
     weight: Any = node.args[1]

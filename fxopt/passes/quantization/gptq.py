@@ -25,7 +25,12 @@ from fxopt.passes.quantization.bias_correction import correct_bias
 from fxopt.passes.quantization.compensation import Hessian, compensated, hessian
 from fxopt.passes.quantization.grid import encode_by_rows
 from fxopt.passes.quantization.options import WeightOptions
-from fxopt.passes.quantization.sites import kind_of, not_selected, unquantizable
+from fxopt.passes.quantization.sites import (
+    kind_of,
+    not_selected,
+    unquantizable,
+    weight_options,
+)
 from fxopt.passes.quantization.weights import StoredWeight, read_weight, store_weight, weight_node
 from fxopt.rewrite.builder import Builder
 
@@ -51,15 +56,19 @@ class Gptq(Pass):
     after = ("canonicalize",)
 
     def __post_init__(self) -> None:
-        grouped = self.weights.granularity in ("group", "block")
+        self.check_order(self.weights)
+        if self.block_size < 1 or not self.damping > 0:
+            raise RecipeError(
+                f"block_size {self.block_size} and damping {self.damping} must be positive."
+            )
+
+    def check_order(self, weights: WeightOptions) -> None:
+        """Refuse groups whose ranges would wait for columns in an order of their own."""
+        grouped = weights.granularity in ("group", "block")
         if self.act_order and grouped and not self.static_groups:
             raise RecipeError(
                 "act_order scatters the columns of a group over the order of rounding, so its "
                 "range cannot wait for them. Set static_groups: true or act_order: false."
-            )
-        if self.block_size < 1 or not self.damping > 0:
-            raise RecipeError(
-                f"block_size {self.block_size} and damping {self.damping} must be positive."
             )
 
     def needs(self) -> tuple[Calibration, ...]:
@@ -96,15 +105,19 @@ class _Rounding:
         path = module_path(node)
         settings = self.settings
         reason = not_selected(node, settings.include, settings.exclude)
-        reason = reason or unquantizable(self.program, node, settings.weights)
-        if reason is not None:
-            self.refusals.append(Refusal(path or node.name, reason))
+        options = weight_options(node, settings.weights)
+        if options is None:
+            reason = reason or "allocate-bits leaves it in floating point"
+        reason = reason or unquantizable(self.program, node, options)
+        if reason is not None or options is None:
+            self.refusals.append(Refusal(path or node.name, str(reason)))
             return
+        settings.check_order(options)
         self.context.progress(path)
         weight = weight_node(node, 1)
         assert weight is not None  # noqa: S101 - `unquantizable` looked
-        detail = self._round(node, str(weight.target))
-        self.sites.append(Site(path, f"{settings.weights.describe()}, {detail}", node.name))
+        detail = self._round(node, str(weight.target), options)
+        self.sites.append(Site(path, f"{options.describe()}, {detail}", node.name))
         if not settings.true_sequential:
             self.lockstep.compute(node)
         build = Builder(self.program, node, settings.name)
@@ -113,7 +126,7 @@ class _Rounding:
         if settings.bias_correction:
             correct_bias(self.program, build, node, weight, self._mean(node))
 
-    def _round(self, node: Node, name: str) -> str:
+    def _round(self, node: Node, name: str, options: WeightOptions) -> str:
         """Store the rounded weight, unless a tied linear did; what the report says of it."""
         if name in self.done:
             return "tied to one before it"
@@ -124,7 +137,7 @@ class _Rounding:
             raise CalibrationError(f"gptq of {module_path(node) or node.name}: {error}") from error
         found = compensated(
             self.program.weight(name),
-            settings.weights,
+            options,
             h,
             settings.block_size,
             settings.static_groups,

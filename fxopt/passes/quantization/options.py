@@ -143,3 +143,29 @@ class EmbeddingOptions:
     def as_weight(self) -> WeightOptions:
         """The same said of a weight [rows, d]."""
         return WeightOptions(self.dtype, self.granularity, self.group_size)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How linears may be stored and their inputs rounded; with neither they stay floating."""
+
+    weights: WeightOptions | None = None
+    activations: ActivationOptions | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.weights.range == "output":
+            raise RecipeError("range 'output' judges whole passes; a choice takes absmax or mse.")
+        if self.activations is not None and self.activations.granularity != "token":
+            raise RecipeError(
+                f"activations per {self.activations.granularity} need calibration for the choice "
+                "that is taken in the end; a choice takes granularity 'token'."
+            )
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight cannot be stored so, or None."""
+        return None if self.weights is None else self.weights.misfit(shape)
+
+    def describe(self) -> str:
+        """For the report: "int4 weight per channel, int8 activation per token"."""
+        parts = [part.describe() for part in (self.weights, self.activations) if part is not None]
+        return ", ".join(parts) or "floating point"

@@ -33,7 +33,14 @@ from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult,
 from fxopt.passes.quantization.activations import quantize_activation, width_of
 from fxopt.passes.quantization.bias_correction import correct_bias
 from fxopt.passes.quantization.options import ActivationOptions, EmbeddingOptions, WeightOptions
-from fxopt.passes.quantization.sites import kind_of, not_selected, other_weights, unquantizable
+from fxopt.passes.quantization.sites import (
+    allocated,
+    kind_of,
+    not_selected,
+    other_weights,
+    unquantizable,
+    weight_options,
+)
 from fxopt.passes.quantization.weights import (
     StoredWeight,
     quantize_weight,
@@ -114,14 +121,20 @@ class Quantize(Pass):
 
     def _weight_options(self, node: Node) -> WeightOptions | None:
         if kind_of(node) == "linear":
-            return self.weights
+            return weight_options(node, self.weights)
         return None if self.embeddings is None else self.embeddings.as_weight()
 
+    def _activation_options(self, node: Node) -> ActivationOptions | None:
+        if kind_of(node) != "linear":
+            return None
+        choice = allocated(node)
+        return self.activations if choice is None else choice.activations
+
     def _impossible(self, program: Program, node: Node) -> str | None:
-        options = self._weight_options(node)
-        misfit = None
-        if self.activations is not None and kind_of(node) == "linear":
-            misfit = self.activations.misfit(width_of(node))
+        options, activations = self._weight_options(node), self._activation_options(node)
+        if options is None and activations is None:
+            return "allocate-bits leaves it in floating point"
+        misfit = None if activations is None else activations.misfit(width_of(node))
         if options is not None:
             return unquantizable(program, node, options) or misfit
         if misfit is not None:
@@ -156,10 +169,11 @@ class Quantize(Pass):
         return details
 
     def _activation(self, build: Builder, node: Node, context: Context) -> list[str]:
-        if self.activations is None or kind_of(node) != "linear":
+        options = self._activation_options(node)
+        if options is None:
             return []
-        node.update_arg(0, quantize_activation(build, node, self.activations, context))
-        return [self.activations.describe()]
+        node.update_arg(0, quantize_activation(build, node, options, context))
+        return [options.describe()]
 
 
 def _observed(statistic: str, node: Node, context: Context) -> Tensor:

@@ -9,11 +9,13 @@ from torch.fx import Node
 
 from fxopt.ir.program import Program, Refusal, dtype_of, module_path
 from fxopt.ir.stored_codes import is_stored_weight
-from fxopt.passes.quantization.options import WeightOptions
+from fxopt.passes.quantization.options import Choice, WeightOptions
 from fxopt.passes.quantization.weights import weight_index, weight_node
 
 aten = torch.ops.aten
 Kind = Literal["linear", "embedding"]
+# Under this key of a node's meta, `allocate-bits` leaves its choice for a linear.
+CHOICE = "quantization_choice"
 # Weights with fewer elements are not worth a line of the report.
 _LARGE = 4096
 
@@ -41,6 +43,17 @@ def not_selected(node: Node, include: Sequence[str], exclude: Sequence[str]) -> 
         if any(fnmatch.fnmatchcase(name, pattern) for name in names):
             return f"excluded by {pattern!r}"
     return None
+
+
+def allocated(node: Node) -> Choice | None:
+    """How a linear is to be stored where `allocate-bits` chose."""
+    return node.meta.get(CHOICE)
+
+
+def weight_options(node: Node, asked: WeightOptions | None) -> WeightOptions | None:
+    """How the weight of a linear is stored: as allocated, else as the pass was asked to."""
+    choice = allocated(node)
+    return asked if asked is None or choice is None else choice.weights
 
 
 def unquantizable(

@@ -1,0 +1,142 @@
+"""Bit allocation: linears that rounding harms little get few bits, within a budget.
+
+    minimize sum_g loss[g, c_g]   subject to   sum_g price[g, c_g] <= budget
+
+    output      loss[g, c] = distance of the output when g alone is stored by choice c
+    trace       loss[g, c] = sum over linears of tr(H) / (2 n) || Q_c(W) - W ||^2
+    eigenvalue  loss[g, c] = sum over linears of lambda_max(H) / 2 || Q_c(W) - W ||^2
+
+Shapes: a group g is the linears that read one activation; W [out, in] with n elements; H the
+    Hessian of the distance in W. Distance: KL in nats per token for logits, else the relative
+    squared error of hidden states. Prices are bytes, or milliseconds of a call.
+Exactness: equivalent; it marks linears, and `quantize` or `gptq` after it stores them so. Losses
+    are those of rounding to nearest, and are taken to add up; what was chosen is measured. Under
+    an accuracy budget the limit on the price is bisected until the measured error just meets it.
+    `trace` and `eigenvalue` do not see rounded activations; `eigenvalue` takes some products with
+    H for each linear by itself, which is slow beyond small models.
+Source: Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks, NeurIPS
+    2020, arXiv:1911.03852 (trace); Shen et al., Q-BERT: Hessian Based Ultra Low Precision
+    Quantization of BERT, AAAI 2020, arXiv:1909.05840 (|mean| + deviation of eigenvalues over
+    batches); Yao et al., HAWQ-V3, ICML 2021, arXiv:2011.10680 (integer program).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.fx import Node
+
+from fxopt.errors import QualityFloorError, RecipeError
+from fxopt.ir.program import Level, Program, Site, Table, module_path
+from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
+from fxopt.passes.quantization.allocation import Assignment, Search
+from fxopt.passes.quantization.budget import Budget
+from fxopt.passes.quantization.latency_prices import LatencyPrices
+from fxopt.passes.quantization.linear_groups import LinearGroup, byte_prices, linear_groups
+from fxopt.passes.quantization.options import Choice, WeightOptions
+from fxopt.passes.quantization.rounding_trials import Trials
+from fxopt.passes.quantization.sites import CHOICE
+
+Sensitivity = Literal["output", "trace", "eigenvalue"]
+
+
+@register("allocate-bits")
+@dataclass(frozen=True)
+class AllocateBits(Pass):
+    """Choose for each linear how it is stored, so that the whole stays within a budget."""
+
+    budget: Budget
+    choices: tuple[Choice, ...] = (
+        Choice(WeightOptions("int4", "group", 64)),
+        Choice(WeightOptions("int8")),
+    )
+    sensitivity: Sensitivity = "output"
+    batches: int = 1
+    probes: int = 16
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    exactness = Exactness.EQUIVALENT
+    input_level = Level.CANONICAL
+    after = ("canonicalize",)
+    before = ("quantize", "gptq")
+    followed_by = ("quantize", "gptq")
+
+    def __post_init__(self) -> None:
+        if len(set(self.choices)) < 2:
+            raise RecipeError("there is nothing to allocate: give at least two different choices.")
+        if self.batches < 1 or self.probes < 1:
+            raise RecipeError(
+                f"batches {self.batches} and probes {self.probes} must be positive numbers."
+            )
+
+    def needs(self) -> tuple[Calibration, ...]:
+        """The calibration data itself: errors are those of outputs."""
+        return (Calibration("samples"),)
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Price and judge every choice for every group, solve, and mark the linears."""
+        groups, refusals = linear_groups(program, self.choices, self.include, self.exclude)
+        if not groups:
+            return PassResult(refusals=tuple(refusals))
+        timed = None
+        if self.budget.resource == "milliseconds":
+            timed = LatencyPrices(program, groups, self.choices, self.budget.shape, context)
+        price = byte_prices(program, groups, self.choices) if timed is None else timed.matrix()
+        trials = Trials(program, context.samples[: self.batches], groups, self.choices)
+        loss = trials.losses(self.sensitivity, self.probes, context.progress)
+        search = Search(loss, price, trials, self.budget, context.progress)
+        chosen = search.best(self._limit(groups))
+        if chosen is None:
+            raise self._out_of_reach(search)
+        sites = [
+            self._mark(node, group, int(choice), float(row[choice]))
+            for group, row, choice in zip(groups, loss, chosen.choices, strict=True)
+            for node in group.linears
+        ]
+        notes = () if timed is None else (timed.compared(chosen.choices.tolist(), chosen.price),)
+        return PassResult(
+            tuple(sites), tuple(refusals), notes, tables=(self._frontier(search, chosen),)
+        )
+
+    def _limit(self, groups: Sequence[LinearGroup]) -> float:
+        if self.budget.kind == "bits":
+            return self.budget.limit * sum(group.elements for group in groups) / 8
+        return self.budget.limit
+
+    def _mark(self, node: Node, group: LinearGroup, choice: int, loss: float) -> Site:
+        node.meta[CHOICE] = self.choices[choice]
+        shared = f", shared by {len(group.linears)} linears" if len(group.linears) > 1 else ""
+        detail = f"{self.choices[choice].describe()}: loss {loss:.3g}{shared}"
+        return Site(module_path(node), detail, node.name)
+
+    def _out_of_reach(self, search: Search) -> Exception:
+        if self.budget.judged_by_output:
+            best = max(search.tried, key=lambda tried: tried.price)
+            return QualityFloorError(
+                f"allocate-bits: budget {self.budget.kind} {self.budget.limit:g} is not met by any "
+                f"of the choices; the dearest give {best.figure:.4g}. Add a choice with more bits, "
+                "or {} to leave a linear in floating point."
+            )
+        least = search.cheapest()
+        return RecipeError(
+            f"allocate-bits: even the cheapest choices take {least:,.4g} {self.budget.resource}, "
+            f"and the budget allows {search.limit:,.4g}. Raise it or add a cheaper choice."
+        )
+
+    def _frontier(self, search: Search, chosen: Assignment) -> Table:
+        unit = self.budget.resource
+        figure = f"{self.budget.kind}, measured" if self.budget.judged_by_output else "SQNR dB"
+        rows = [
+            (
+                float(f"{tried.price:.6g}"),
+                float(f"{tried.predicted:.4g}"),
+                float(f"{tried.measured:.4g}"),
+                float(f"{tried.figure:.4g}"),
+                search.counts(tried),
+                "chosen" if tried is chosen else "",
+            )
+            for tried in sorted(search.tried, key=lambda tried: tried.price)
+        ]
+        columns = (unit, "predicted loss", "measured loss", figure, "groups by choice", "")
+        return Table("frontier", columns, tuple(rows), x=unit, y="measured loss")

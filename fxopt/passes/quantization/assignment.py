@@ -1,0 +1,45 @@
+"""Which choice each site takes, so that the loss is least and the price within a limit.
+
+    minimize sum_g loss[g, c_g]   subject to   sum_g price[g, c_g] <= limit
+
+Shapes: loss and price [sites, choices].
+Source: Yao et al., HAWQ-V3: Dyadic Neural Network Quantization, ICML 2021, arXiv:2011.10680 (bits
+    by an integer program).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array, eye_array, kron
+
+Matrix = NDArray[np.float64]
+
+
+def assign(loss: Matrix, price: Matrix, limit: float) -> NDArray[np.intp] | None:
+    """The choice of each site, [sites]; None where even the cheapest choices exceed the limit."""
+    sites, choices = loss.shape
+    if price.min(1).sum() > limit:
+        return None
+    # Both in units of their own size: prices are bytes, losses may be a millionth.
+    losses = (loss - loss.min(1, keepdims=True)) / max(float(np.ptp(loss, 1).max()), 1e-300)
+    unit = float(np.abs(price).max()) or 1.0
+    one_each = kron(eye_array(sites), np.ones((1, choices)))
+    within = csr_array(price.reshape(1, -1) / unit)
+    found = milp(
+        losses.reshape(-1),
+        integrality=np.ones(sites * choices),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(within, -np.inf, limit / unit),
+        ],
+    )
+    if found.x is None:
+        return price.argmin(1)  # the limit is met by nothing but the cheapest, within rounding
+    chosen = found.x.reshape(sites, choices).argmax(1)
+    return chosen if total(price, chosen) <= limit * (1 + 1e-9) else price.argmin(1)
+
+
+def total(values: Matrix, chosen: NDArray[np.intp]) -> float:
+    """The sum over sites of what their choices cost."""
+    return float(np.take_along_axis(values, chosen[:, None], 1).sum())
