@@ -115,6 +115,7 @@ def sizes(optimized: Any, seconds: float) -> dict[str, Any]:
         "sites": {record.name: len(record.sites) for record in report.history},
         "bytes": report.bytes_after,
         "bytes_ratio": report.bytes_after / report.bytes_before,
+        "bytes_held_ratio": report.bytes_held / report.bytes_before,
     }
 
 

@@ -64,6 +64,7 @@ class DemoResult:
             "refusals": {record.name: len(record.refusals) for record in history},
             "bytes_before": self.report.bytes_before,
             "bytes_after": self.report.bytes_after,
+            "bytes_held": self.report.bytes_held,
             "seconds_to_optimize": self.seconds_to_optimize,
             "relative_error": self.relative_error,
             "cosine": self.cosine,

@@ -142,6 +142,8 @@ def test_the_demo(tmp_path, monkeypatch):
     assert found["relative_error"] <= 0.075
     assert found["cosine"] >= 0.997
     assert found["bytes_after"] <= 0.27 * found["bytes_before"]
+    # Kernels hold products of their own: column sums, packed rows.
+    assert found["bytes_held"] <= 0.3 * found["bytes_before"]
     assert {(s["batch"], s["length"]) for s in found["speeds"]} == {(1, 128), (32, 128)}
     assert (tmp_path / "m" / "tokenizer.json").exists()
 

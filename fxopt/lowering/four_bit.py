@@ -12,7 +12,7 @@ from torch.fx import Node
 from fxopt.ir.operators import block_counts
 from fxopt.ir.program import CONSTANTS, Program, shape_of
 from fxopt.ir.stored_codes import is_stored_weight, stored_values
-from fxopt.lowering.rule import LoweringRule
+from fxopt.lowering.rule import WEIGHT_ONLY, LoweringRule
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.pattern import Match, PatternOperators, Variable
 
@@ -25,6 +25,7 @@ class FourBitLinear(LoweringRule):
     """Floating activations times codes of at most four bits."""
 
     kernel = "linear_w4a16"
+    patience = WEIGHT_ONLY
 
     def pattern(self, op: PatternOperators, x: Variable, bias: Variable) -> Any:
         return op.linear(x, op.variable("weight", is_stored_weight), bias)

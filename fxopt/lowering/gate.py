@@ -19,11 +19,10 @@ from fxopt.ir.stored_codes import is_stored_weight, stored_values, stored_weight
 from fxopt.rewrite.driver import apply_rules, erase_dead
 from fxopt.rewrite.pattern import Match
 from fxopt.rewrite.rule import Rule
+from fxopt.lowering.rule import LoweringRule
 
 ops = torch.ops.fxopt
 
-# A kernel must not lose by more than the clock's own uncertainty.
-SLOWER = 1.03
 _FEWEST_CALLS = 4
 _ENOUGH_SECONDS = 0.02
 # On a busy machine any single measurement can be spoilt: a kernel is turned down only when it
@@ -64,9 +63,9 @@ class SpeedGate:
     timings: dict[str, Timing] = field(default_factory=dict[str, Timing])
     sites: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
 
-    def refuse(self, program: Program, rule: Rule, match: Match) -> str | None:
+    def refuse(self, program: Program, rule: LoweringRule, match: Match) -> str | None:
         """Why the kernel is not used at this site, or None."""
-        if not self.enabled:
+        if not self.enabled or rule.patience == math.inf:
             return None
         mini, leaves = extract(program, match)
         key = _key(mini, rule)
@@ -85,7 +84,7 @@ class SpeedGate:
         return f"slower than what it replaces{detail}"
 
     def _time(
-        self, program: Program, mini: Program, leaves: list[Node], rule: Rule, key: str
+        self, program: Program, mini: Program, leaves: list[Node], rule: LoweringRule, key: str
     ) -> bool:
         after = mini.clone()
         sites, _ = apply_rules(after, [rule], "gate")
@@ -93,21 +92,27 @@ class SpeedGate:
             return False
         plain = as_it_came(mini)
         before, kernel = Runner(plain.graph_module), Runner(after.graph_module)
-        faster = self._faster(program, leaves, before, kernel, key)
+        faster = self._faster(program, leaves, before, kernel, key, rule.patience)
         for part in (plain, after):
             part.release()
         release_freed_memory(mini.byte_count())  # the next site may be another weight's
         return faster
 
     def _faster(
-        self, program: Program, leaves: list[Node], before: Runner, kernel: Runner, key: str
+        self,
+        program: Program,
+        leaves: list[Node],
+        before: Runner,
+        kernel: Runner,
+        key: str,
+        patience: float,
     ) -> bool:
         for _ in range(_TRIALS):
             timing = self._measure(program, leaves, before, kernel)
             known = self.timings.get(key)
             if known is None or timing.ratio < known.ratio:
                 self.timings[key] = timing
-            if timing.ratio <= SLOWER:
+            if timing.ratio <= patience:
                 return True
         return False
 

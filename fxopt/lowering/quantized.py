@@ -1,13 +1,14 @@
 """Rules that turn quantize/dequantize around an operator into one integer kernel."""
 
 import operator
+import math
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from fxopt.ir.program import Program, dtype_of, shape_of
-from fxopt.lowering.rule import LoweringRule
+from fxopt.lowering.rule import WEIGHT_ONLY, LoweringRule
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.pattern import Match, PatternOperators, Variable
 
@@ -154,6 +155,7 @@ class WeightOnlyLinear(LoweringRule):
     """Floating activations times int8 weights."""
 
     kernel = "linear_w8a16"
+    patience = WEIGHT_ONLY
 
     def pattern(self, op: PatternOperators, x: Variable, bias: Variable) -> Any:
         return op.linear(x, _weight_pattern(op), bias)
@@ -174,6 +176,7 @@ class Int8Embedding(LoweringRule):
     """Rows of an int8 table, dequantized after the lookup."""
 
     kernel = "embedding_int8"
+    patience = math.inf  # microseconds for each call, against a table of the vocabulary
 
     def pattern(self, op: PatternOperators, index: Variable) -> Any:
         return op.embedding(_weight_pattern(op), index, ...)

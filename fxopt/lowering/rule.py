@@ -4,8 +4,19 @@ from typing import ClassVar
 
 from fxopt.rewrite.rule import Rule
 
+# Who rounds weights alone asks for memory first.
+WEIGHT_ONLY = 1.5
+
 
 class LoweringRule(Rule):
-    """A rule whose replacement is a kernel."""
+    """A rule whose replacement is a kernel.
+
+    Attributes:
+        kernel: the operator that it writes.
+        patience: how much longer than what it replaces the kernel may take and still be used. The
+            usual figure is the clock's own uncertainty; where the alternative is to hold a weight
+            in floating point, memory is worth some time.
+    """
 
     kernel: ClassVar[str] = ""
+    patience: ClassVar[float] = 1.03

@@ -676,7 +676,8 @@ def test_faster_kernels_are_taken_and_alike_sites_are_timed_once(monkeypatch):
 def test_slower_kernels_are_refused_and_linears_run_in_floating_point(monkeypatch):
     program = quantized("llama")
     lowered, clock = timed(monkeypatch, program, (10.0, 20.0))
-    assert kernels(lowered.program) == {}
+    # A table of the vocabulary is worth more than the microseconds of a lookup.
+    assert kernels(lowered.program) == {"embedding_int8": 1}
     assert set(lowered.decisions.values()) == {False}
     assert len(lowered.program.nodes(aten.linear.default)) == 15
     assert len(lowered.program.nodes(aten.rms_norm.default)) == 5
@@ -714,22 +715,27 @@ class One(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("answers", "taken"),
+    ("activations", "answers", "taken"),
     [
-        ([(100.0, 102.0)], True),  # within what a clock can tell
-        ([(100.0, 104.0)], False),
-        ([(100.0, 200.0), (100.0, 40.0)], True),  # 2x slower at one shape, 2.5x faster at the other
-        ([(100.0, 300.0), (100.0, 40.0)], False),
-        ([(10.0, 90.0)] * 4 + [(10.0, 5.0)] * 2, True),  # disturbed twice, then fast
+        (TOKEN, [(100.0, 102.0)], True),  # within what a clock can tell
+        (TOKEN, [(100.0, 104.0)], False),
+        (None, [(100.0, 145.0)], True),  # the alternative is a weight in floating point
+        (None, [(100.0, 155.0)], False),
+        (TOKEN, [(100.0, 200.0), (100.0, 40.0)], True),  # 2x slower at one shape, 2.5x faster at the other
+        (TOKEN, [(100.0, 300.0), (100.0, 40.0)], False),
+        (TOKEN, [(10.0, 90.0)] * 4 + [(10.0, 5.0)] * 2, True),  # disturbed twice, then fast
     ],
 )
-def test_what_counts_as_slower(monkeypatch, answers, taken):
-    program = apply(small(One(), torch.randn(2, 3, 16)), Quantize())
+def test_what_counts_as_slower(monkeypatch, activations, answers, taken):
+    program = apply(small(One(), torch.randn(2, 3, 16)), Quantize(activations=activations))
     # The answers go round by shape.
     rounds = answers * 3 if len(answers) == 2 else answers
     lowered, _ = timed(monkeypatch, program, *rounds)
-    assert list(lowered.decisions.values()) == [taken]
-    assert bool(kernels(lowered.program)) == taken
+    (rule, first), *_ = lowered.decisions.items()  # where it lost, others may be tried
+    assert rule.startswith("DynamicLinear" if activations else "WeightOnlyLinear")
+    assert first == taken
+    wanted = "dynamic_linear_w8a8" if activations else "linear_w8a16"
+    assert (wanted in kernels(lowered.program)) == taken, kernels(lowered.program)
     check(program, lowered)
 
 
