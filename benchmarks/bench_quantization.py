@@ -54,6 +54,13 @@ def static(**options: Any) -> dict[str, Any]:
     return {"quantize": {"activations": activations, **HEAD}}
 
 
+def allocated(sensitivity: str) -> list[Any]:
+    """4-bit groups of 64 or 8 bits per channel for each group of linears."""
+    choices = [{"weights": GROUP}, {"weights": weights("int8")}]
+    chosen = {"choices": choices, "sensitivity": sensitivity, "budget": {"bits": 5.5}, **HEAD}
+    return [{"allocate-bits": chosen}, *rounded(GROUP)]
+
+
 ROTATE = ["untie", {"fold-norm": {"centre": True}}, {"rotate": {"seed": 2}}]
 RECIPES: dict[str, list[Any]] = {
     "W8A8 static": [static()],
@@ -61,9 +68,18 @@ RECIPES: dict[str, list[Any]] = {
     "W8A8 static, percentile 99.99": [static(observer="percentile")],
     "W8A8 static, mse": [static(observer="mse")],
     "W8A8 static, kl": [static(observer="kl")],
+    "W8A8 static, symmetric": [static(symmetric=True)],
+    "W8A8 static, symmetric, peg with 6 groups": [
+        "peg",
+        static(granularity="embedding_group", symmetric=True),
+    ],
     "W8A8 static, peg with 6 groups": ["peg", static(granularity="embedding_group")],
     "W8A8 static, mixed precision keeps 10": [static(), "mixed-precision"],
     "W8A8 per token, llm-int8": [{"llm-int8": HEAD}],
+    "W8A8 per token, llm-int8 dynamic": [{"llm-int8": {"outliers": "dynamic", **HEAD}}],
+    "5.5 bits, allocated by output error": allocated("output"),
+    "5.5 bits, allocated by Hessian traces": allocated("trace"),
+    "5.5 bits, allocated by output error, gptq": [*allocated("output")[:1], gptq(GROUP)[0]],
     "int4 per channel, to nearest": rounded(CHANNEL),
     "int4 per channel, output range": rounded(CHANNEL, "output"),
     "int4 per channel, awq": awq(CHANNEL),

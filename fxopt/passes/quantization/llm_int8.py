@@ -1,20 +1,24 @@
 """LLM.int8(): linears in int8, but for the input columns that hold outliers.
 
     O = {j : max|x_j| >= threshold},    m_j = 0 for j in O, else 1
-    y = linear(Q(x * m), Q(W * m)) + b + linear(x[O], W[:, O])
+    static    y = linear(Q(x * m), Q(W * m)) + b + linear(x[O], W[:, O])
+    dynamic   y = linear(Q(x * m), Q(W)) + b + linear(x * (1 - m), Q(W))
 
-Shapes: x [..., in], O over all calibration tokens; m [in]; W [out, in]; Q of x has a scale per
-    token [..., 1], Q of W a scale per output [out, 1]; W[:, O] stays floating.
-Exactness: approximate; exact without rounding. Outliers count in no scale. The factor m rides
-    inside the operator that quantizes. Deviations: O is found once, from calibration, so that
-    shapes are static and no token depends on others of its batch; outliers count in no scale of
-    the weight either.
+Shapes: x [..., in]; O over all calibration tokens, or over the tokens of a call; m [in]; W [out,
+    in]; Q of x has a scale per token [..., 1], Q of W a scale per output [out, 1]; the static
+    W[:, O] stays floating.
+Exactness: approximate; exact without rounding. Outliers count in no scale of a token. `static` is
+    a deviation: O is found once, so that shapes are fixed, no token depends on others of its
+    batch, the factor m rides inside the operator that quantizes, and outliers count in no scale
+    of the weight either. `dynamic` is the method as published, with both products of full width:
+    it needs no data, a token's result depends on the others of its call (padding too), and it is
+    slower than no outliers at all.
 Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale,
     NeurIPS 2022, arXiv:2208.07339.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +26,14 @@ from torch.fx import Node
 
 from fxopt.analysis.calibration import linear_inputs
 from fxopt.errors import CalibrationError, RecipeError
-from fxopt.ir.program import Level, Program, Refusal, Site, module_path
+from fxopt.ir.program import (
+    Level,
+    Program,
+    Refusal,
+    Site,
+    module_path,
+    shape_of,
+)
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
 from fxopt.passes.quantization.activations import quantize_activation
 from fxopt.passes.quantization.grid import choose_grid, encode_by_rows
@@ -41,6 +52,7 @@ class LlmInt8(Pass):
     """Store linears in int8 and keep the columns of outliers in floating point."""
 
     threshold: float = 6.0
+    outliers: Literal["static", "dynamic"] = "static"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
@@ -54,7 +66,9 @@ class LlmInt8(Pass):
             raise RecipeError(f"threshold {self.threshold} is not a number from 0 on.")
 
     def needs(self) -> tuple[Calibration, ...]:
-        """The reach of every linear's input."""
+        """The reach of every linear's input, where the columns are found once."""
+        if self.outliers == "dynamic":
+            return ()
         return (Calibration("minimum"), Calibration("maximum"))
 
     def observed(self, program: Program) -> list[Node]:
@@ -65,21 +79,36 @@ class LlmInt8(Pass):
         """Split every linear that the patterns select."""
         sites: list[Site] = []
         refusals: list[Refusal] = []
+        parts: dict[Node, tuple[Node, Node]] = {}
         for node in program.nodes(aten.linear.default):
             path = module_path(node)
             reason = not_selected(node, self.include, self.exclude)
             reason = reason or unquantizable(program, node, _WEIGHTS) or _split_already(node)
-            outliers = None if reason else self._outliers(node, context)
-            if outliers is not None and bool(outliers.all()):
-                reason = f"all {len(outliers)} inputs are outliers at threshold {self.threshold:g}"
-            if reason is not None or outliers is None:
-                refusals.append(Refusal(path or node.name, str(reason)))
+            detail = reason or self._split(program, node, parts, context)
+            if reason is not None or detail is None:
+                width = f"all inputs are outliers at threshold {self.threshold:g}"
+                refusals.append(Refusal(path or node.name, reason or width))
                 continue
             context.progress(path)
-            split(program, node, outliers, context)
-            count = f"{int(outliers.sum())} of {len(outliers)} columns in floating point"
-            sites.append(Site(path, f"int8 per token and channel, {count}", node.name))
+            sites.append(Site(path, f"int8 per token and channel, {detail}", node.name))
         return PassResult(tuple(sites), tuple(refusals))
+
+    def _split(
+        self,
+        program: Program,
+        node: Node,
+        parts: dict[Node, tuple[Node, Node]],
+        context: Context,
+    ) -> str | None:
+        """Rewrite a linear; what the report says of it, or None where nothing would be int8."""
+        if self.outliers == "dynamic":
+            split_at_run_time(program, node, self.threshold, parts, context)
+            return f"columns that reach {self.threshold:g} in a call apart"
+        outliers = self._outliers(node, context)
+        if bool(outliers.all()):
+            return None
+        split(program, node, outliers, context)
+        return f"{int(outliers.sum())} of {len(outliers)} columns in floating point"
 
     def _outliers(self, node: Node, context: Context) -> Tensor:
         """Which inputs reach the threshold, bool [in]."""
@@ -121,6 +150,42 @@ def split(program: Program, node: Node, outliers: Tensor, context: Context) -> N
     node.update_arg(1, read_weight(build, stored, weight.dtype))
     if bool(outliers.any()):
         _add_outliers(program, node, source, weight[:, outliers], outliers)
+
+
+def split_at_run_time(
+    program: Program,
+    node: Node,
+    threshold: float,
+    parts: dict[Node, tuple[Node, Node]],
+    context: Context,
+) -> None:
+    """Replace a linear by two over the same int8 weight, for inliers rounded and for outliers.
+
+    `parts` holds both parts of each activation, which linears share.
+    """
+    source: Any = node.args[0]
+    weight_source = weight_node(node, 1)
+    assert weight_source is not None  # noqa: S101 - `unquantizable` looked
+    name, build = str(weight_source.target), Builder(program, node, "llm-int8")
+    if source not in parts:
+        axes = list(range(len(shape_of(source)) - 1))
+        reach = build.call(aten.amax.default, build.call(aten.abs.default, source), axes)
+        outlying = build.call(aten.ge.Scalar, reach, threshold)
+        inner = build.call(aten.where.ScalarSelf, outlying, 0, source)
+        parts[source] = inner, build.call(aten.where.ScalarOther, outlying, source, 0)
+    inner, outer = parts[source]
+    weight = program.weight(name)
+    grid = choose_grid(weight, _WEIGHTS)
+    stored = store_weight(program, name, encode_by_rows(grid, weight), grid)
+    values = read_weight(build, stored, weight.dtype)
+    node.update_arg(0, inner)
+    node.update_arg(0, quantize_activation(build, node, _ACTIVATIONS, context))
+    node.update_arg(1, values)
+    users = list(node.users)
+    after = Builder(program, node.next, "llm-int8")
+    total = after.call(aten.add.Tensor, node, after.call(aten.linear.default, outer, values))
+    for user in users:
+        user.replace_input_with(node, total)
 
 
 def _add_outliers(

@@ -131,3 +131,59 @@ def test_lowered_the_mask_rides_in_the_kernel():
     mask = lowered.constant(node.args[-1])
     assert mask.tolist() == [float(j not in (2, 5)) for j in range(8)]
     assert torch.allclose(run(lowered, [x])[0], run(program, [x])[0], atol=1e-4)
+
+
+def test_dynamic_columns_are_those_of_the_call():
+    _, after, x = split_program(outliers="dynamic")
+    seen: dict[str, torch.Tensor] = {}
+    run(after, [x], lambda node, value: seen.__setitem__(node.name, value))
+    inner, outer = after.nodes(aten.linear.default)[:2]
+    assert inner.args[1] is outer.args[1]  # one weight, in int8
+    columns = seen[outer.args[0].name].abs().amax((0, 1)) > 0
+    assert columns.nonzero().flatten().tolist() == [2, 5]
+    quiet = torch.randn(1, 3, 8).clamp(-3, 3)
+    run(after, [quiet], lambda node, value: seen.__setitem__(node.name, value))
+    assert not seen[outer.args[0].name].any()
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_dynamic_columns_lose_nothing_but_the_rounding_of_inliers_and_weights(seed):
+    before, after, x = split_program(seed, outliers="dynamic")
+    first = before.nodes(aten.linear.default)[0]
+    weight, bias = (before.constant(first.args[i]) for i in (1, 2))
+    inner = after.nodes(aten.linear.default)[0]
+    values = stored_values(after, inner.args[1])
+    total = next(user for user in inner.users)
+    found: list[torch.Tensor] = []
+    run(after, [x], lambda node, value: found.append(value) if node.name == total.name else None)
+    exact = torch.nn.functional.linear(x, values, bias)
+    bound = 8 * 3 / 127 / 2 * float(values.abs().max())
+    assert float((found[0] - exact).abs().max()) <= bound * 1.001
+    assert float((values - weight).abs().max()) <= float(weight.abs().amax()) / 127
+
+
+def test_dynamic_at_an_infinite_threshold_is_vector_wise_int8_without_data():
+    program = canonical_program("bert")
+    inputs = as_sample(program, bert_batch(3, 9, 0)).inputs
+    found = manager([]).run(program, [LlmInt8(threshold=float("inf"), outliers="dynamic")])
+    plain = apply(program, activations=TOKEN)
+    for one, other in zip(run(found, inputs), run(plain, inputs), strict=True):
+        assert torch.equal(one, other)
+    again = manager([])
+    with pytest.warns(UserWarning, match="already quantized"):
+        second = again.run(found, [LlmInt8(outliers="dynamic")])
+    assert signature_of(second) == signature_of(found)
+
+
+def test_dynamic_lowered_uses_both_int8_kernels():
+    program = canonical_program("llama")
+    after = manager([]).run(program, [LlmInt8(outliers="dynamic", exclude=("lm_head",))])
+    lowered = lower(after, LoweringOptions(target="cpu", speed_gate=False)).program
+    names = {str(node.target) for node in lowered.nodes()}
+    assert any("linear_w8a16" in name for name in names)
+    assert any("dynamic_linear_w8a8" in name for name in names)
+    for inputs in program.examples[:2]:
+        for a, b in zip(run(lowered, inputs), run(after, inputs), strict=True):
+            if a.is_floating_point():
+                assert float((a - b).norm()) <= 1e-3 * float(b.norm() + 1e-6)
