@@ -2,7 +2,7 @@
 
 import copy
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -243,6 +243,15 @@ def shape_of(value: Any) -> tuple[Any, ...]:
     """The recorded shape of a node's tensor; () for anything that is not a tensor."""
     recorded = value.meta.get("val") if isinstance(value, Node) else None
     return tuple(recorded.shape) if isinstance(recorded, torch.Tensor) else ()
+
+
+def hints(shape: Iterable[Any]) -> list[int | None]:
+    """Sizes as they were at capture, to compare by.
+
+    Capture sizes are all different, so equal hints mean equal dimensions. A size that depends on
+    a tensor's values has no hint, and a new symbol each time: all such sizes count as equal.
+    """
+    return [size if type(size) is int else size.node.hint for size in shape]
 
 
 def dtype_of(value: Any) -> torch.dtype | None:
