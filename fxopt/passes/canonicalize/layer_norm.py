@@ -86,7 +86,8 @@ class FoldLayerNormGain(Rule):
         return _check_fold(match, is_read_without_gain(match.norm))
 
     def rewrite(self, build: Builder, match: Match) -> Node:
-        return build.call(aten.layer_norm.default, match.x, match.axes, match.gain, None, match.eps)
+        gain = cast(build, match.gain, dtype_of(match.norm))  # as the product widened it
+        return build.call(aten.layer_norm.default, match.x, match.axes, gain, None, match.eps)
 
 
 class FoldLayerNormBias(Rule):
@@ -103,9 +104,8 @@ class FoldLayerNormBias(Rule):
         return _check_fold(match, len(match.norm.users) > 1)
 
     def rewrite(self, build: Builder, match: Match) -> Node:
-        return build.call(
-            aten.layer_norm.default, match.x, match.axes, match.gain, match.bias, match.eps
-        )
+        bias = cast(build, match.bias, dtype_of(match.norm))
+        return build.call(aten.layer_norm.default, match.x, match.axes, match.gain, bias, match.eps)
 
 
 def _check_fold(match: Match, read_elsewhere: bool) -> str | None:
