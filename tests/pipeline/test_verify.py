@@ -255,3 +255,29 @@ def test_a_pass_that_writes_in_place_is_refused():
     program.set_weight("model.norm.weight", program.weight("model.norm.weight").clone())
     with pytest.raises(PassError, match="'in-place' wrote into weight 'model.norm.weight'"):
         manager_for(program).run(program, [InPlace()])
+
+
+def test_a_program_that_cannot_run_is_an_error_of_its_pass():
+    @dataclasses.dataclass(frozen=True)
+    class OutOfRange(Pass):
+        name = "out-of-range"
+
+        def run(self, program: Program, context: Context) -> PassResult:
+            [node] = program.nodes(aten.embedding.default)
+            program.set_weight(str(node.args[0].target), torch.zeros(1, 4))
+            node.args[0].meta["val"] = node.args[0].meta["val"][:1]
+            return PassResult((Site("", "emptied"),))
+
+    ids = torch.tensor([[1, 2, 3]])
+    program = capture_module(Function(nn.functional.embedding, w=torch.randn(9, 4)), ids)
+    program.examples = [[ids]]
+    with pytest.raises(PassError, match="'out-of-range' left .* IndexError"):
+        manager_for(program).run(program, [OutOfRange()])
+
+
+def test_a_write_that_must_stay_is_reported_with_its_reason():
+    x = torch.randn(3, 4)
+    program = capture_module(Function(lambda x, w: w.mul_(2) + x, w=torch.ones(4)), x)
+    program.examples = [[x]]
+    with pytest.raises(PassError, match="illegal program.*Refused: .*writes to a weight"):
+        manager_for(program).run(program, [Canonicalize()])
