@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fxopt.capture import capture_program
 from fxopt.errors import NotEquivalentError, PassError, QualityFloorError
 from fxopt.ir.program import Program, Site, module_path
 from fxopt.passes.base import Context, Pass, PassResult
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
-from fxopt.passes.quantization.quantize import ActivationOptions, Quantize
+from fxopt.passes.quantization.quantize import ActivationOptions, Quantize, WeightOptions
 from fxopt.pipeline.attribution import first_divergence
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.measure import divergence, max_error, measure, rms_error
@@ -186,6 +187,55 @@ def test_a_floor_stops_a_lossy_pass(floor, word):
         manager_for(program, floor=floor).run(program, [quantize])
     assert "'quantize'" in str(caught.value)
     assert all(value.dtype != torch.int8 for value in program.weights().values())
+
+
+class Choices(nn.Module):
+    """Returns what it makes of 50 scores."""
+
+    def __init__(self, choose):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 50)
+        self.choose = choose
+
+    def forward(self, x):
+        return self.choose(self.second(torch.relu(self.first(x))))
+
+
+def choices(choose) -> Program:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    program = capture_program(Choices(choose), (x,))
+    return manager_for(program).run(program, [Canonicalize()])
+
+
+def test_integers_are_measured_as_agreement_and_held_to_the_floor():
+    program = choices(lambda scores: scores.argmax(-1))
+    coarse = Quantize(weights=WeightOptions(dtype="int4", granularity="tensor"))
+    measured = manager_for(program).run(program, [coarse]).history[-1].verification
+    assert 0.5 < measured["top1"] < 0.99
+    with pytest.raises(QualityFloorError, match="allows: top-1 agreement"):
+        manager_for(program, floor=Floor(sqnr_db=20, top1=0.99)).run(program, [coarse])
+    with pytest.raises(QualityFloorError, match="no output can be measured as the floor asks"):
+        manager_for(program, floor=Floor(sqnr_db=20)).run(program, [coarse])
+
+
+def test_complex_outputs_are_measured_in_decibels():
+    program = choices(lambda scores: torch.view_as_complex(scores.unflatten(-1, (25, 2))))
+    coarse = Quantize(weights=WeightOptions(dtype="int4", granularity="tensor"))
+    measured = manager_for(program).run(program, [coarse]).history[-1].verification
+    assert 10 < measured["sqnr_db"] < 30
+
+
+@pytest.mark.parametrize("mode", ["full", "fast"])
+@pytest.mark.parametrize(
+    "choose",
+    [lambda scores: scores.argmax(-1), lambda scores: torch.polar(scores.exp(), scores)],
+    ids=["integers", "complex"],
+)
+def test_outputs_that_are_not_real_numbers_catch_a_dropped_bias(choose, mode):
+    program = choices(choose)
+    with pytest.raises(NotEquivalentError, match="dropped-bias"):
+        manager_for(program, mode=mode).run(program, [broken_passes.DroppedBias(broken_layer=1)])
 
 
 # --- measures -------------------------------------------------------------------------------
