@@ -117,6 +117,12 @@ def holds_every_value(wide: torch.dtype | None, narrow: torch.dtype | None) -> b
     return same_kind and torch.promote_types(wide, narrow) == wide
 
 
+def is_transparent_cast(node: Node) -> bool:
+    """Whether a conversion changes no value over the reals: it does not round to integers."""
+    dtypes = dtype_of(node), dtype_of(node.all_input_nodes[0])
+    return holds_every_value(*dtypes) or all(d is not None and d.is_floating_point for d in dtypes)
+
+
 class DropEmptyPieces(Rule):
     """`cat([x, empty])` becomes `cat([x])`."""
 

@@ -21,6 +21,7 @@ from fxopt.passes.canonicalize.rms_norm import (
     is_last_axis,
     is_read_without_gain,
     is_vector,
+    passes_integers,
 )
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.pattern import Match, PatternOperators, Variable, argument
@@ -52,7 +53,8 @@ class RaiseLayerNorm(Rule):
 
     def condition(self, program: Program, match: Match) -> bool:
         last = is_last_axis(match.axes, match.x) and same_shape(match.root, match.x)
-        return last and ("variance" not in match.bindings or _is_biased(match.variance))
+        known = last and not passes_integers(match)
+        return known and ("variance" not in match.bindings or _is_biased(match.variance))
 
     def check(self, program: Program, match: Match) -> str | None:
         return check_norm(match)
