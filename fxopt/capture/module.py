@@ -93,6 +93,8 @@ class _ModuleCapture:
             flat = [_at_least_two(tensor, axes) for tensor in self.leaves]
             try:
                 self._eager(flat)
+            except CaptureError:
+                raise  # what the module returns cannot be captured at any size
             except Exception as error:
                 if not axes:
                     raise InputError(
