@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fxopt.capture import capture_program
-from fxopt.errors import CaptureError, InputError
+from fxopt.errors import CaptureError, InputError, ModelError
 from fxopt.ir.structure import unflatten
 from fxopt.runtime.calling import bind_structured
 
@@ -147,3 +147,18 @@ def test_named_tuples_and_dicts_in_another_order_are_taken_as_captured():
     tensors = bind_structured(program.signature, ({"inner": {"y": y, "z": x}, "x": x},), {})
     result = unflatten(program.signature.output_structure, program.graph_module(*tensors))
     assert torch.equal(result.indices, torch.max(x - y, -1).indices)
+
+
+@pytest.mark.parametrize("example", [torch.randn(3), torch.full((3,), torch.nan + 0j)])
+def test_complex_nan_is_refused(example):
+    class Turn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            value = torch.full((3,), 1j if example.is_complex() else torch.nan * 1j)
+            self.turn = nn.Parameter(value)
+
+        def forward(self, x):
+            return torch.view_as_real(x * self.turn)
+
+    with pytest.raises((ModelError, InputError), match="NaN"):
+        capture_program(Turn(), (example,))
