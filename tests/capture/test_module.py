@@ -108,6 +108,33 @@ def test_data_dependent_control_flow():
     assert "forward" not in module.__dict__
 
 
+@pytest.mark.parametrize("fill", [torch.zeros, torch.ones])
+def test_programs_are_compared_on_rows_that_differ(fill):
+    class Score(nn.Module):
+        def forward(self, x, y, mask):
+            return (x @ y.mT).masked_fill(mask[:, None], 0)
+
+    mask = torch.tensor([[True, False, False, False]])
+    program = capture_program(Score(), (fill(1, 3, 8), fill(1, 4, 8), mask))
+    x, y, hidden = program.examples[1]
+    assert len({*x.shape[:2], y.shape[1]}) == 3
+    assert len(x.flatten(0, 1).unique(dim=0)) == x.shape[0] * x.shape[1]
+    assert 0.5 < float(x.square().mean().sqrt()) < 2
+    assert bool((x >= 0).all()) is (fill is torch.ones)
+    assert len(hidden.unique(dim=0)) > 1
+    assert not hidden.all(-1).any()
+
+
+def test_shuffled_integers_stay_those_of_the_example():
+    class Look(nn.Module):
+        def forward(self, index):
+            return torch.arange(100.0)[index]
+
+    program = capture_program(Look(), (torch.tensor([[97, 5, 42]]),))
+    assert all(set(index.unique().tolist()) <= {97, 5, 42} for [index] in program.examples)
+    assert len(program.examples[1][0].unique(dim=0)) > 1
+
+
 def test_unknown_containers_are_refused():
     class Strange(nn.Module):
         def forward(self, x):
