@@ -90,13 +90,6 @@ def same_where_not_finite(a: Tensor, b: Tensor, finite: Tensor) -> bool:
     return bool((finite | (a == b) | (torch.isnan(a) & torch.isnan(b))).all())
 
 
-def worst_error(outputs: list[Tensor], reference: list[Tensor]) -> tuple[float, int]:
-    """The largest `max_error` over outputs, and which output has it."""
-    errors = [max_error(a, b) for a, b in zip(outputs, reference, strict=True)]
-    worst = max(range(len(errors)), key=lambda i: errors[i])
-    return errors[worst], worst
-
-
 def measure(
     before: Program,
     after: Program,

@@ -19,6 +19,7 @@ from fxopt.pipeline.attribution import first_divergence
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.measure import divergence, max_error, measure, rms_error
 from fxopt.pipeline.verify import Floor, Verifier
+from fxopt.rewrite.builder import Builder
 from tests import broken_passes
 from tests.folds import RightFold
 from tests.graphs import Function, capture_module
@@ -159,6 +160,43 @@ def test_complex_values_are_compared_by_both_parts():
     angle, turned = x[0, 1], x[0, 1].exp()
     assert found.before == pytest.approx(float(turned * angle.cos()))
     assert found.after == pytest.approx(float(turned * turned.cos()))
+
+
+def statistic(offset: float) -> Program:
+    """A norm written out, and the mean of what it centred: zero over the reals, if no offset."""
+
+    def norm(x, w):
+        x = x * w
+        centred = x - x.mean(-1, keepdim=True)
+        normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+        return normed, normed.mean(-1) + offset
+
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    return capture_program(Function(norm, w=torch.randn(64)), (x,))
+
+
+@pytest.mark.parametrize("mode", ["full", "fast"])
+def test_an_output_of_rounding_alone_may_round_otherwise(mode):
+    record = manager_for(statistic(0), mode=mode).run(statistic(0), [Canonicalize()]).history[-1]
+    assert record.sites
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_change_above_the_rounding_is_caught(offset):
+    @dataclasses.dataclass(frozen=True)
+    class Shift(Pass):
+        name = "shift"
+
+        def run(self, program: Program, context: Context) -> PassResult:
+            output = program.graph.output_node()
+            normed, mean = output.args[0]
+            shifted = Builder(program, output, "shift").call(aten.add.Tensor, mean, 1e-6)
+            output.args = ([normed, shifted],)
+            return PassResult((Site("", "shifted"),))
+
+    program = statistic(offset)
+    with pytest.raises(NotEquivalentError, match="'shift'"):
+        manager_for(program).run(program, [Shift()])
 
 
 # --- lossy passes ---------------------------------------------------------------------------
