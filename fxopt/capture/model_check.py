@@ -24,14 +24,14 @@ def refuse_broken_model(model: object) -> None:
                 f"weight {name!r} {list(parameter.shape)} is on the meta device: it has no values. "
                 "Load the checkpoint before optimizing."
             )
-        if parameter.is_floating_point() and not _all_finite(parameter):
-            kind = "NaN" if bool(torch.isnan(parameter).any()) else "infinite"
+        if not _all_finite(parameter):
+            kind = "NaN" if _holds_nan(parameter) else "infinite"
             raise ModelError(
                 f"weight {name!r} {list(parameter.shape)} {parameter.dtype} holds {kind} values. "
                 "The checkpoint is damaged or training diverged; nothing was changed."
             )
     for name, buffer in model.named_buffers():  # infinity may be meant there: a mask, say
-        if buffer.is_floating_point() and not buffer.is_meta and bool(torch.isnan(buffer).any()):
+        if not buffer.is_meta and _holds_nan(buffer):
             raise ModelError(
                 f"buffer {name!r} {list(buffer.shape)} {buffer.dtype} holds NaN values. "
                 "The checkpoint is damaged or training diverged; nothing was changed."
@@ -45,17 +45,24 @@ def refuse_nan_inputs(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
         InputError: an input holds NaN. Infinity may be meant: a mask, say.
     """
     for name, tensor in zip(names, tensors, strict=True):
-        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+        if _holds_nan(tensor):
             raise InputError(
                 f"example input {name!r} {list(tensor.shape)} holds NaN, so that nothing could be "
                 "checked with it. Pass inputs like those the model will see."
             )
 
 
+def _holds_nan(tensor: Tensor) -> bool:
+    inexact = tensor.is_floating_point() or tensor.is_complex()
+    return inexact and bool(torch.isnan(tensor).any())
+
+
 @torch.no_grad()
 def _all_finite(parameter: torch.Tensor) -> bool:
     # min and max carry NaN and infinity through without a mask as large as the weight.
-    if parameter.numel() == 0:
+    if parameter.is_complex():
+        parameter = torch.view_as_real(parameter.resolve_conj())
+    if parameter.numel() == 0 or not parameter.is_floating_point():
         return True
     low, high = torch.aminmax(parameter)
     return bool(torch.isfinite(low) & torch.isfinite(high))

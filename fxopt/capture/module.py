@@ -93,6 +93,8 @@ class _ModuleCapture:
             flat = [_at_least_two(tensor, axes) for tensor in self.leaves]
             try:
                 self._eager(flat)
+            except CaptureError:
+                raise  # what the module returns cannot be captured at any size
             except Exception as error:
                 if not axes:
                     raise InputError(
@@ -125,10 +127,51 @@ class _ModuleCapture:
             names = [spec.name for spec in program.signature.outputs]
             done.append(compare_outputs(label, names, got, expected))
         exact = sum(comparison.bit_equal for comparison in done)
+        program.examples[1:1] = self._varied(program, flat)
         program.notes.append(
             f"capture checked against the model on {len(done)} runs: {exact} bit-equal, largest "
             f"error {max(comparison.error for comparison in done):.2g} of the output's rms"
         )
+
+    def _varied(self, program: Program, flat: list[Tensor]) -> list[list[Tensor]]:
+        """One more input to compare programs on, none where the module takes no such thing.
+
+        An example of zeros or ones hides a mask, and one whose rows are alike an order: here all
+        rows differ, and sizes that may differ do.
+        """
+        for spread in (1, 0):
+            sizes = _resized(program.graph, flat, 2, spread)
+            generator = torch.Generator().manual_seed(0)
+            tensors = [_shuffled(tensor, generator) for tensor in sizes]
+            try:
+                eager = self._eager(tensors)
+                with torch.no_grad():
+                    program.graph_module(*(tensor.clone() for tensor in tensors))
+            except Exception:
+                continue  # sizes or values that belong together
+            if not any(bool(torch.isnan(value).any()) for value in eager):
+                return [tensors]
+        return []
+
+
+def _shuffled(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers of a tensor's scale and sign; integers, which may be indices, in new order."""
+    if tensor.dim() == 0 or tensor.numel() == 0:
+        return tensor
+    if tensor.is_floating_point():
+        finite = torch.isfinite(tensor)
+        real = torch.where(finite, tensor, 0).double()
+        scale = float(real.square().mean().sqrt()) or 1.0
+        made = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * scale
+        made = made.abs() if bool((real >= 0).all()) and bool((real > 0).any()) else made
+        return torch.where(finite, made.to(tensor), tensor)
+    if tensor.is_complex():
+        parts = _shuffled(torch.view_as_real(tensor.resolve_conj()), generator)
+        return torch.view_as_complex(parts)
+    # Within each row, so that a mask hides no more of it; between rows where they are single.
+    rows = tensor if tensor.shape[-1] > 1 else tensor.flatten()
+    order = torch.rand(rows.shape, generator=generator).argsort(-1).to(tensor.device)
+    return rows.gather(-1, order).view(tensor.shape)
 
 
 def _spec(name: str, node: Node, symbols: dict[str, str]) -> TensorSpec:
@@ -153,8 +196,11 @@ def _at_least_two(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
     return tensor.detach().clone().contiguous()
 
 
-def _resized(graph: Graph, flat: list[Tensor], change: int | None) -> list[Tensor]:
-    """The example with every dynamic dimension moved: to `change` more, or to one."""
+def _resized(graph: Graph, flat: list[Tensor], change: int | None, spread: int = 0) -> list[Tensor]:
+    """The example with every dynamic dimension moved: to `change` more, or to one.
+
+    `spread`: how much further each dimension moves than the one before it.
+    """
     if change is None:
         return flat
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -162,7 +208,8 @@ def _resized(graph: Graph, flat: list[Tensor], change: int | None) -> list[Tenso
     for node, tensor in zip(placeholders, flat, strict=True):
         for dimension, size in zip(node.meta["val"].shape, tensor.shape, strict=True):
             if not isinstance(dimension, int) and dimension.node.expr.is_Symbol:
-                sizes[dimension.node.expr] = 1 if change == 1 else size + change
+                further = change + spread * len(sizes)
+                sizes.setdefault(dimension.node.expr, 1 if change == 1 else size + further)
     moved: list[Tensor] = []
     for node, tensor in zip(placeholders, flat, strict=True):
         for axis, dimension in enumerate(node.meta["val"].shape):

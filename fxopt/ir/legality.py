@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from fxopt.errors import IllegalGraphError
 from fxopt.ir.inference import fake_mode, infer
-from fxopt.ir.program import Level, Program
+from fxopt.ir.program import Level, Program, hints
 
 # Operators that the levels after capture no longer hold, with the reason.
 _ONLY_CAPTURED = {
@@ -109,19 +109,13 @@ def _compare(node: Node, recorded: Any, actual: Any) -> None:
         same = (
             isinstance(recorded, torch.Tensor)
             and recorded.dtype == actual.dtype
-            and [_size(s) for s in recorded.shape] == [_size(s) for s in actual.shape]
+            and hints(recorded.shape) == hints(actual.shape)
         )
         if not same:
             raise IllegalGraphError(
                 f"node {node.name!r} ({node.target}) records {_describe(recorded)} and returns "
                 f"{_describe(actual)}."
             )
-
-
-def _size(size: Any) -> int | None:
-    # Capture sizes are all different, so equal hints mean equal dimensions. A size that depends on
-    # a tensor's values has no hint, and a new symbol each time: all such sizes count as equal.
-    return size if type(size) is int else size.node.hint
 
 
 def _describe(value: Any) -> str:

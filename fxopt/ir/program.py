@@ -281,6 +281,15 @@ def shape_of(value: Any) -> tuple[Any, ...]:
     return tuple(recorded.shape) if isinstance(recorded, torch.Tensor) else ()
 
 
+def hints(shape: Iterable[Any]) -> list[int | None]:
+    """Sizes as they were at capture, to compare by.
+
+    Capture sizes are all different, so equal hints mean equal dimensions. A size that depends on
+    a tensor's values has no hint, and a new symbol each time: all such sizes count as equal.
+    """
+    return [size if type(size) is int else size.node.hint for size in shape]
+
+
 def dtype_of(value: Any) -> torch.dtype | None:
     """The recorded dtype of a node's tensor, or None."""
     recorded = value.meta.get("val") if isinstance(value, Node) else None

@@ -10,7 +10,7 @@ from torch.fx import Node
 from fxopt.analysis.execution import promote, run_float64
 from fxopt.ir.program import Program, Site, module_path
 from fxopt.passes.base import PassResult
-from fxopt.pipeline.measure import Inputs, max_error
+from fxopt.pipeline.measure import Inputs, max_error, real_parts
 from fxopt.pipeline.tolerances import EQUIVALENT_FLOAT64
 
 
@@ -71,16 +71,11 @@ def first_divergence(
 
 
 def _divergence(node: Node, old: Tensor, new: Tensor, error: float) -> Divergence:
-    a, b = (_real(promote(value)).flatten() for value in (old, new))
+    a, b = (real_parts(promote(value)).flatten() for value in (old, new))
     index = int((a - b).abs().nan_to_num(torch.inf).argmax()) if a.is_floating_point() else 0
     return Divergence(
         node.name, module_path(node), str(node.target), float(a[index]), float(b[index]), error
     )
-
-
-def _real(value: Tensor) -> Tensor:
-    """A complex tensor as its real and imaginary parts: a difference has two of them to show."""
-    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def _upstream_differing(

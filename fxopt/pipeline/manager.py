@@ -1,8 +1,9 @@
 """Run passes in order on copies, check each, and roll back the one that fails."""
 
+import contextlib
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -89,19 +90,21 @@ class Manager:
             progress=lambda detail: self.progress(a_pass.name, detail),
             latency=self.latency,
         )
-        result = self._run_guarded(a_pass, working, context)
+        with _failing_as(a_pass, "failed"):
+            result = a_pass.run(working, context)
         _refuse_in_place_edits(a_pass, program, versions)
-        self._finish(a_pass, working)
+        self._finish(a_pass, working, result)
         self._check_expectation(a_pass, result)
         self.replaced(program, working)
 
         def repeat(twin: Program) -> tuple[Program, PassResult]:
             outcome = a_pass.run(twin := twin.clone(), context)
-            self._finish(a_pass, twin)
+            self._finish(a_pass, twin, outcome)
             return twin, outcome
 
         release_freed_memory(program.byte_count())
-        verification = self.verifier.judge(a_pass, program, working, result, repeat)
+        with _failing_as(a_pass, "left a program that cannot be run or judged: it failed"):
+            verification = self.verifier.judge(a_pass, program, working, result, repeat)
         record = PassRecord(
             name=a_pass.name,
             options=a_pass.options(),
@@ -120,18 +123,7 @@ class Manager:
         release_freed_memory(program.byte_count())
         return working
 
-    def _run_guarded(self, a_pass: Pass, working: Program, context: Context) -> PassResult:
-        try:
-            return a_pass.run(working, context)
-        except FxoptError:
-            raise
-        except Exception as error:
-            raise PassError(
-                f"pass {a_pass.name!r} failed with {type(error).__name__}: {error}. The program "
-                "is as it was before the pass."
-            ) from error
-
-    def _finish(self, a_pass: Pass, working: Program) -> None:
+    def _finish(self, a_pass: Pass, working: Program, result: PassResult) -> None:
         working.graph.eliminate_dead_code(has_effect)
         working.remove_unused_weights()
         if a_pass.output_level is not None:
@@ -140,8 +132,8 @@ class Manager:
             check_program(working, shapes=self.verifier.mode != "off")
         except FxoptError as error:
             raise PassError(
-                f"pass {a_pass.name!r} left an illegal program: {error} The program is as it was "
-                "before the pass."
+                f"pass {a_pass.name!r} left an illegal program: {error} {_reasons(result)}The "
+                "program is as it was before the pass."
             ) from error
         working.graph_module.recompile()
 
@@ -155,15 +147,12 @@ class Manager:
             problem = f"{sites} sites, at most {expected.max_sites} expected"
         elif expected.max_refusals is not None and refusals > expected.max_refusals:
             problem = f"{refusals} refusals, at most {expected.max_refusals} expected"
-        reasons = "; ".join(f"{r.site}: {r.reason}" for r in result.refusals[:5])
+        reasons = _reasons(result)
         if problem is not None:
-            raise ExpectationError(
-                f"pass {a_pass.name!r}: {problem}. {'Refused: ' + reasons if reasons else ''}"
-            )
+            raise ExpectationError(f"pass {a_pass.name!r}: {problem}. {reasons}")
         if not sites and not a_pass.may_do_nothing:
             warnings.warn(
-                f"fxopt: pass {a_pass.name!r} changed nothing. "
-                f"{'Refused: ' + reasons if reasons else 'It found no site.'}",
+                f"fxopt: pass {a_pass.name!r} changed nothing. {reasons or 'It found no site.'}",
                 stacklevel=4,
             )
 
@@ -195,6 +184,26 @@ class Manager:
             rows=max(need.rows for need in needs),
             histogram=any(need.statistic == "histogram" for need in needs),
         )
+
+
+@contextlib.contextmanager
+def _failing_as(a_pass: Pass, how: str) -> Generator[None]:
+    """Whatever is raised inside becomes an error of the pass."""
+    try:
+        yield
+    except FxoptError:
+        raise
+    except Exception as error:
+        raise PassError(
+            f"pass {a_pass.name!r} {how} with {type(error).__name__}: {error}. The program is as "
+            "it was before the pass."
+        ) from error
+
+
+def _reasons(result: PassResult) -> str:
+    """What a pass refused, as a sentence and the space after it; empty if nothing."""
+    reasons = "; ".join(f"{refusal.site}: {refusal.reason}" for refusal in result.refusals[:5])
+    return f"Refused: {reasons}. " if reasons else ""
 
 
 def _refuse_in_place_edits(a_pass: Pass, program: Program, versions: Mapping[str, int]) -> None:

@@ -19,7 +19,12 @@ Inputs = Sequence[Tensor]
 
 @dataclass
 class Measurement:
-    """How far outputs moved: over all outputs, and for logits in the words of their users."""
+    """How far outputs moved: over all outputs, and for logits in the words of their users.
+
+    `floating` says whether any output could be measured in decibels at all. `top1` is the share
+    of equal choices, the smallest over the outputs: of the largest logits, and of the entries of
+    outputs that are integers.
+    """
 
     sqnr_db: float = math.inf
     relative_error: float = 0.0
@@ -27,6 +32,7 @@ class Measurement:
     kl: float | None = None
     top1: float | None = None
     outputs: dict[str, float] = field(default_factory=dict[str, float])
+    floating: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
@@ -48,6 +54,7 @@ def rms_error(a: Tensor, b: Tensor) -> float:
     """rms(a - b) / rms(b) over the finite entries; inf where the others are not the same."""
     if b.numel() == 0:
         return 0.0
+    a, b = real_parts(a), real_parts(b)
     finite = torch.isfinite(b)
     if not same_where_not_finite(a, b, finite):
         return math.inf
@@ -60,8 +67,7 @@ def max_error(a: Tensor, b: Tensor) -> float:
     """The largest |a - b| / rms(b); integers, infinities and NaN must be equal."""
     if a.shape != b.shape or a.is_complex() != b.is_complex():
         return math.inf
-    if b.is_complex():
-        a, b = (torch.view_as_real(value.resolve_conj()) for value in (a, b))
+    a, b = real_parts(a), real_parts(b)
     if b.numel() == 0:
         return 0.0
     if not b.is_floating_point():
@@ -73,18 +79,16 @@ def max_error(a: Tensor, b: Tensor) -> float:
     return float(torch.where(finite, a - b, 0.0).abs().max()) / max(scale, 1e-30)
 
 
+def real_parts(value: Tensor) -> Tensor:
+    """A complex tensor as its real and imaginary parts, which differ and fail one by one."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
 def same_where_not_finite(a: Tensor, b: Tensor, finite: Tensor) -> bool:
     """Whether `a` is finite where `b` is, and elsewhere the same infinity or NaN."""
     if not torch.equal(finite, torch.isfinite(a)):
         return False
     return bool((finite | (a == b) | (torch.isnan(a) & torch.isnan(b))).all())
-
-
-def worst_error(outputs: list[Tensor], reference: list[Tensor]) -> tuple[float, int]:
-    """The largest `max_error` over outputs, and which output has it."""
-    errors = [max_error(a, b) for a, b in zip(outputs, reference, strict=True)]
-    worst = max(range(len(errors)), key=lambda i: errors[i])
-    return errors[worst], worst
 
 
 def measure(
@@ -93,7 +97,7 @@ def measure(
     inputs: Sequence[Inputs],
     moved: Callable[[Inputs], Inputs] = list,
 ) -> Measurement:
-    """SQNR, relative error and, for logits, KL and top-1 agreement over all inputs.
+    """SQNR, relative error and, for logits and choices, KL and top-1 agreement over all inputs.
 
     SQNR = 10 log10(sum y^2 / sum (y - y')^2), the smallest over the outputs that are not state.
     `moved` makes the inputs of the program after out of those before: caches may differ.
@@ -102,12 +106,13 @@ def measure(
     count = len(specs) - (before.signature.cache.count if before.signature.cache else 0)
     signal, noise = [0.0] * count, [0.0] * count
     kls: list[Tensor] = []
-    agreements: list[Tensor] = []
+    agreements: dict[int, list[Tensor]] = {}
     for sample in inputs:
         old, new = run(before, sample), run(after, moved(sample))
         for index in range(count):
-            a, b = promote(old[index]), promote(new[index])
+            a, b = (real_parts(promote(value[index])) for value in (old, new))
             if not a.is_floating_point():
+                agreements.setdefault(index, []).append(_agreement(a, b))
                 continue
             finite = torch.isfinite(a)
             if not same_where_not_finite(b, a, finite):
@@ -117,7 +122,8 @@ def measure(
             noise[index] += float(torch.where(finite, a - b, 0.0).square().sum())
             if is_logits(specs[index]) and a.dim() >= 2:
                 kls.append(divergence(a, b).flatten())
-                agreements.append((a.argmax(-1) == b.argmax(-1)).double().flatten())
+                same = _agreement(a.argmax(-1), b.argmax(-1))
+                agreements.setdefault(index, []).append(same)
     outputs = {
         specs[i].name: _decibels(signal[i], noise[i])
         for i in range(count)
@@ -130,9 +136,17 @@ def measure(
         relative_error=10 ** (-decibels / 20),
         worst_output=worst,
         kl=float(torch.cat(kls).mean()) if kls else None,
-        top1=float(torch.cat(agreements).mean()) if agreements else None,
+        top1=min((float(torch.cat(same).mean()) for same in agreements.values()), default=None),
         outputs=outputs,
+        floating=any(
+            spec.dtype.is_floating_point or spec.dtype.is_complex for spec in specs[:count]
+        ),
     )
+
+
+def _agreement(a: Tensor, b: Tensor) -> Tensor:
+    """One for each entry that is equal, zero for each that is not; a single zero if none fits."""
+    return (a == b).double().flatten() if a.shape == b.shape else torch.zeros(1).double()
 
 
 def _decibels(signal: float, noise: float) -> float:

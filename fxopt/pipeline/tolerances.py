@@ -5,6 +5,11 @@ import torch
 # Error over rms of the output, in float64, that an EQUIVALENT pass may leave behind: rounding.
 EQUIVALENT_FLOAT64 = 1e-9
 
+# An output that is zero over the reals (the mean of what was centred) is rounding and nothing else,
+# and so is any difference. What the model rounds there in its own dtype, in units of that dtype,
+# says how large it is; so much more is allowed, for the luck of a sample.
+ROUNDING_SLACK = 64.0
+
 # A pass that edits weights is repeated in float64 to be judged. So many bytes of what it writes
 # are held in memory; what goes beyond lies in temporary files while the pass is judged.
 EDITS_IN_MEMORY = 500_000_000

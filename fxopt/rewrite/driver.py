@@ -6,7 +6,7 @@ from typing import Any
 from torch.fx import Node
 
 from fxopt.errors import PassError
-from fxopt.ir.program import Program, Refusal, Site, dtype_of, module_path, shape_of
+from fxopt.ir.program import Program, Refusal, Site, dtype_of, hints, module_path, shape_of
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.pattern import Match, matches, packet_of, root_packets
 from fxopt.rewrite.rule import Rule
@@ -75,13 +75,13 @@ def replace(program: Program, rule: Rule, found: Match, made_by: str) -> list[No
     """Put a rule's replacement in the place of its root and drop what is no longer used.
 
     Raises:
-        PassError: the replacement has another dtype or rank than the root, or reads the root; the
+        PassError: the replacement has another dtype or shape than the root, or reads the root; the
             rule is wrong.
     """
     root = found.root
     build = Builder(program, root, f"{made_by}/{rule.name}")
     result = rule.rewrite(build, found)
-    if (dtype_of(result), len(shape_of(result))) != (dtype_of(root), len(shape_of(root))):
+    if (dtype_of(result), hints(shape_of(result))) != (dtype_of(root), hints(shape_of(root))):
         raise PassError(
             f"{build.made_by} replaced {root.name!r} ({dtype_of(root)} {list(shape_of(root))}) by "
             f"{dtype_of(result)} {list(shape_of(result))}. This is a bug of the rule."

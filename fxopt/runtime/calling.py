@@ -9,7 +9,7 @@ from torch import Tensor
 from fxopt.errors import InputError
 from fxopt.ir.cache_names import CACHE_NAMES
 from fxopt.ir.signature import Signature, TensorSpec, default_tensor
-from fxopt.ir.structure import Structure, flatten, unflatten
+from fxopt.ir.structure import Structure, flatten, in_order, unflatten
 
 # Flags that HF models take beside tensors. True where the graph can do without being told.
 _NEUTRAL = ("return_dict", "use_cache", "cache_position", "logits_to_keep")
@@ -33,7 +33,8 @@ def bind_structured(
     """
     for attempt in _arrangements(signature, args, kwargs):
         leaves: list[Tensor] = []
-        structure = flatten(attempt, leaves, "the inputs")
+        arranged = in_order(attempt, signature.input_structure)
+        structure = flatten(arranged, leaves, "the inputs")
         if structure == signature.input_structure:
             return leaves
     raise InputError(
@@ -52,10 +53,6 @@ def _arrangements(
         return [asked]
     merged = {**dict(zip(names, args, strict=False)), **kwargs}
     ordered = {name: merged[name] for name in names if name in merged}
-    captured: Structure = signature.input_structure["items"][1]
-    order = [key for key, _ in captured["items"]]
-    if set(order) == set(merged):
-        ordered = {name: merged[name] for name in order}
     return [asked, (tuple(ordered.values()), {}), ((), ordered)]
 
 

@@ -290,7 +290,7 @@ def _check_structure(structure: dict[str, Any], count: int) -> None:
     if kind == "tensor":
         if type(structure["index"]) is not int or not 0 <= structure["index"] < count:
             raise LoadError("the signature names a tensor that is not there.")
-    elif kind == "model_output":
+    elif kind in ("model_output", "named_tuple"):
         for name in (structure["class"], *structure["fields"]):
             if not _IDENTIFIER.fullmatch(name) or name.startswith("_") or keyword.iskeyword(name):
                 raise _bad_name("result", name)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from fxopt.capture import capture_program
-from fxopt.errors import CaptureError, InputError
+from fxopt.errors import CaptureError, InputError, ModelError
+from fxopt.ir.structure import unflatten
+from fxopt.runtime.calling import bind_structured
 
 
 class Nested(nn.Module):
@@ -106,12 +108,39 @@ def test_data_dependent_control_flow():
     assert "forward" not in module.__dict__
 
 
+@pytest.mark.parametrize("fill", [torch.zeros, torch.ones])
+def test_programs_are_compared_on_rows_that_differ(fill):
+    class Score(nn.Module):
+        def forward(self, x, y, mask):
+            return (x @ y.mT).masked_fill(mask[:, None], 0)
+
+    mask = torch.tensor([[True, False, False, False]])
+    program = capture_program(Score(), (fill(1, 3, 8), fill(1, 4, 8), mask))
+    x, y, hidden = program.examples[1]
+    assert len({*x.shape[:2], y.shape[1]}) == 3
+    assert len(x.flatten(0, 1).unique(dim=0)) == x.shape[0] * x.shape[1]
+    assert 0.5 < float(x.square().mean().sqrt()) < 2
+    assert bool((x >= 0).all()) is (fill is torch.ones)
+    assert len(hidden.unique(dim=0)) > 1
+    assert not hidden.all(-1).any()
+
+
+def test_shuffled_integers_stay_those_of_the_example():
+    class Look(nn.Module):
+        def forward(self, index):
+            return torch.arange(100.0)[index]
+
+    program = capture_program(Look(), (torch.tensor([[97, 5, 42]]),))
+    assert all(set(index.unique().tolist()) <= {97, 5, 42} for [index] in program.examples)
+    assert len(program.examples[1][0].unique(dim=0)) > 1
+
+
 def test_unknown_containers_are_refused():
     class Strange(nn.Module):
         def forward(self, x):
             return {1, 2}
 
-    with pytest.raises((InputError, CaptureError), match="set"):
+    with pytest.raises(CaptureError, match="the module's result is a set"):
         capture_program(Strange(), (torch.randn(2, 2),))
 
 
@@ -133,3 +162,30 @@ def test_an_in_place_edit_whose_result_is_not_used_is_kept():
     program = capture_program(module, (x,))
     assert torch.equal(program.graph_module(x)[0], module(x))
     assert any("add_" in str(node.target) for node in program.nodes())
+
+
+def test_named_tuples_and_dicts_in_another_order_are_taken_as_captured():
+    class Pick(nn.Module):
+        def forward(self, batch):
+            return torch.max(batch["x"] - batch["inner"]["y"], -1)
+
+    x, y = torch.randn(2, 2, 4)
+    program = capture_program(Pick(), ({"x": x, "inner": {"z": x, "y": y}},))
+    tensors = bind_structured(program.signature, ({"inner": {"y": y, "z": x}, "x": x},), {})
+    result = unflatten(program.signature.output_structure, program.graph_module(*tensors))
+    assert torch.equal(result.indices, torch.max(x - y, -1).indices)
+
+
+@pytest.mark.parametrize("example", [torch.randn(3), torch.full((3,), torch.nan + 0j)])
+def test_complex_nan_is_refused(example):
+    class Turn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            value = torch.full((3,), 1j if example.is_complex() else torch.nan * 1j)
+            self.turn = nn.Parameter(value)
+
+        def forward(self, x):
+            return torch.view_as_real(x * self.turn)
+
+    with pytest.raises((ModelError, InputError), match="NaN"):
+        capture_program(Turn(), (example,))

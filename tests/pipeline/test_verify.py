@@ -9,15 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fxopt.capture import capture_program
 from fxopt.errors import NotEquivalentError, PassError, QualityFloorError
 from fxopt.ir.program import Program, Site, module_path
 from fxopt.passes.base import Context, Pass, PassResult
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
-from fxopt.passes.quantization.quantize import ActivationOptions, Quantize
+from fxopt.passes.quantization.quantize import ActivationOptions, Quantize, WeightOptions
 from fxopt.pipeline.attribution import first_divergence
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.measure import divergence, max_error, measure, rms_error
 from fxopt.pipeline.verify import Floor, Verifier
+from fxopt.rewrite.builder import Builder
 from tests import broken_passes
 from tests.folds import RightFold
 from tests.graphs import Function, capture_module
@@ -160,6 +162,43 @@ def test_complex_values_are_compared_by_both_parts():
     assert found.after == pytest.approx(float(turned * turned.cos()))
 
 
+def statistic(offset: float) -> Program:
+    """A norm written out, and the mean of what it centred: zero over the reals, if no offset."""
+
+    def norm(x, w):
+        x = x * w
+        centred = x - x.mean(-1, keepdim=True)
+        normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+        return normed, normed.mean(-1) + offset
+
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    return capture_program(Function(norm, w=torch.randn(64)), (x,))
+
+
+@pytest.mark.parametrize("mode", ["full", "fast"])
+def test_an_output_of_rounding_alone_may_round_otherwise(mode):
+    record = manager_for(statistic(0), mode=mode).run(statistic(0), [Canonicalize()]).history[-1]
+    assert record.sites
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_change_above_the_rounding_is_caught(offset):
+    @dataclasses.dataclass(frozen=True)
+    class Shift(Pass):
+        name = "shift"
+
+        def run(self, program: Program, context: Context) -> PassResult:
+            output = program.graph.output_node()
+            normed, mean = output.args[0]
+            shifted = Builder(program, output, "shift").call(aten.add.Tensor, mean, 1e-6)
+            output.args = ([normed, shifted],)
+            return PassResult((Site("", "shifted"),))
+
+    program = statistic(offset)
+    with pytest.raises(NotEquivalentError, match="'shift'"):
+        manager_for(program).run(program, [Shift()])
+
+
 # --- lossy passes ---------------------------------------------------------------------------
 
 
@@ -186,6 +225,55 @@ def test_a_floor_stops_a_lossy_pass(floor, word):
         manager_for(program, floor=floor).run(program, [quantize])
     assert "'quantize'" in str(caught.value)
     assert all(value.dtype != torch.int8 for value in program.weights().values())
+
+
+class Choices(nn.Module):
+    """Returns what it makes of 50 scores."""
+
+    def __init__(self, choose):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 50)
+        self.choose = choose
+
+    def forward(self, x):
+        return self.choose(self.second(torch.relu(self.first(x))))
+
+
+def choices(choose) -> Program:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    program = capture_program(Choices(choose), (x,))
+    return manager_for(program).run(program, [Canonicalize()])
+
+
+def test_integers_are_measured_as_agreement_and_held_to_the_floor():
+    program = choices(lambda scores: scores.argmax(-1))
+    coarse = Quantize(weights=WeightOptions(dtype="int4", granularity="tensor"))
+    measured = manager_for(program).run(program, [coarse]).history[-1].verification
+    assert 0.5 < measured["top1"] < 0.99
+    with pytest.raises(QualityFloorError, match="allows: top-1 agreement"):
+        manager_for(program, floor=Floor(sqnr_db=20, top1=0.99)).run(program, [coarse])
+    with pytest.raises(QualityFloorError, match="no output can be measured as the floor asks"):
+        manager_for(program, floor=Floor(sqnr_db=20)).run(program, [coarse])
+
+
+def test_complex_outputs_are_measured_in_decibels():
+    program = choices(lambda scores: torch.view_as_complex(scores.unflatten(-1, (25, 2))))
+    coarse = Quantize(weights=WeightOptions(dtype="int4", granularity="tensor"))
+    measured = manager_for(program).run(program, [coarse]).history[-1].verification
+    assert 10 < measured["sqnr_db"] < 30
+
+
+@pytest.mark.parametrize("mode", ["full", "fast"])
+@pytest.mark.parametrize(
+    "choose",
+    [lambda scores: scores.argmax(-1), lambda scores: torch.polar(scores.exp(), scores)],
+    ids=["integers", "complex"],
+)
+def test_outputs_that_are_not_real_numbers_catch_a_dropped_bias(choose, mode):
+    program = choices(choose)
+    with pytest.raises(NotEquivalentError, match="dropped-bias"):
+        manager_for(program, mode=mode).run(program, [broken_passes.DroppedBias(broken_layer=1)])
 
 
 # --- measures -------------------------------------------------------------------------------
@@ -255,3 +343,29 @@ def test_a_pass_that_writes_in_place_is_refused():
     program.set_weight("model.norm.weight", program.weight("model.norm.weight").clone())
     with pytest.raises(PassError, match="'in-place' wrote into weight 'model.norm.weight'"):
         manager_for(program).run(program, [InPlace()])
+
+
+def test_a_program_that_cannot_run_is_an_error_of_its_pass():
+    @dataclasses.dataclass(frozen=True)
+    class OutOfRange(Pass):
+        name = "out-of-range"
+
+        def run(self, program: Program, context: Context) -> PassResult:
+            [node] = program.nodes(aten.embedding.default)
+            program.set_weight(str(node.args[0].target), torch.zeros(1, 4))
+            node.args[0].meta["val"] = node.args[0].meta["val"][:1]
+            return PassResult((Site("", "emptied"),))
+
+    ids = torch.tensor([[1, 2, 3]])
+    program = capture_module(Function(nn.functional.embedding, w=torch.randn(9, 4)), ids)
+    program.examples = [[ids]]
+    with pytest.raises(PassError, match="'out-of-range' left .* IndexError"):
+        manager_for(program).run(program, [OutOfRange()])
+
+
+def test_a_write_that_must_stay_is_reported_with_its_reason():
+    x = torch.randn(3, 4)
+    program = capture_module(Function(lambda x, w: w.mul_(2) + x, w=torch.ones(4)), x)
+    program.examples = [[x]]
+    with pytest.raises(PassError, match="illegal program.*Refused: .*writes to a weight"):
+        manager_for(program).run(program, [Canonicalize()])

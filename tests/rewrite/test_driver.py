@@ -161,16 +161,24 @@ def test_rules_that_never_end_are_an_error():
         apply_rules(chain(1), [Grow()], "test")
 
 
-def test_a_replacement_of_another_dtype_is_an_error():
-    class Widen(Rule):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda build, x: build.call(aten.to.dtype, x, torch.float64),
+        lambda build, x: build.call(aten.slice.Tensor, x, 0, 1),
+    ],
+    ids=["dtype", "shape"],
+)
+def test_a_replacement_of_another_type_is_an_error(change):
+    class Change(Rule):
         def pattern(self, op, x):
             return op.neg(x)
 
         def rewrite(self, build, match):
-            return build.call(aten.to.dtype, match.x, torch.float64)
+            return change(build, match.x)
 
     with pytest.raises(PassError, match="bug of the rule"):
-        apply_rules(chain(1), [Widen()], "test")
+        apply_rules(chain(1), [Change()], "test")
 
 
 def test_a_replacement_that_reads_its_root_is_an_error():

@@ -1,7 +1,5 @@
 """OptimizedModel around plain modules: same call, same nesting, clear refusals."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import nn
@@ -52,12 +50,12 @@ def test_nested_calls_and_their_errors():
 
 
 def test_an_unusable_result_type_is_refused_before_anything_happens():
-    class Odd(NamedTuple):
-        x: torch.Tensor
+    class Odd(list):
+        pass
 
     class Module(nn.Module):
         def forward(self, x):
-            return Odd(x)
+            return Odd([x])
 
     with pytest.raises(fxopt.FxoptError, match="Odd"):
         fxopt.optimize(Module(), RECIPE, example_inputs=(torch.randn(2, 2),))

@@ -20,7 +20,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.ir.program import Program, dtype_of, shape_of
-from fxopt.passes.canonicalize.cleanup import holds_every_value
+from fxopt.passes.canonicalize.cleanup import holds_every_value, is_transparent_cast
 from fxopt.passes.canonicalize.rms_norm import cast
 from fxopt.passes.canonicalize.scores import Scores, Term, read_scores
 from fxopt.passes.canonicalize.sdpa import with_four_axes
@@ -178,6 +178,8 @@ def _check_readers(match: Match) -> str | None:
     while True:
         if len(node.users) > 1:
             return "the attention probabilities are read elsewhere too"
+        if packet_of(node) is aten.to and not is_transparent_cast(node):
+            return "the attention probabilities are converted to or from integers"
         if packet_of(node) in (aten.softmax, aten._softmax):
             return None
         node = node.all_input_nodes[0]

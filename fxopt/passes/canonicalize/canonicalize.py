@@ -34,6 +34,7 @@ from fxopt.passes.canonicalize import (
     views,
 )
 from fxopt.passes.canonicalize.functional import make_functional
+from fxopt.passes.canonicalize.results import separate_results, shared_results
 from fxopt.passes.canonicalize.subexpressions import merge_equal
 from fxopt.rewrite.driver import apply_rules
 
@@ -84,7 +85,7 @@ class Canonicalize(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Rewrite until nothing changes."""
-        before = len(program.graph.nodes)
+        before, shared = len(program.graph.nodes), shared_results(program)
         _, refusals = make_functional(program, self.name)
         if refusals:  # what is written to in place may be anything but what it looks like
             return PassResult(refusals=tuple(refusals))
@@ -94,6 +95,7 @@ class Canonicalize(Pass):
                 break
         else:
             raise PassError(f"{self.name} did not come to an end in {ROUNDS} rounds.")
+        separate_results(program, shared, self.name)
         program.graph.lint()
         program.graph_module.recompile()
         sites = tuple(site for site in log.sites if site.detail in RAISED)

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.ir.program import Program, dtype_of, shape_of
+from fxopt.passes.canonicalize.results import is_result_copy
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.driver import erase_dead
 from fxopt.rewrite.pattern import Match, PatternOperators, Variable, argument
@@ -32,7 +33,7 @@ _NOTHING: tuple[Callable[[PatternOperators, Any], Any], ...] = (
     lambda op, x: op.feature_dropout(x, ..., False),
     lambda op, x: op.feature_alpha_dropout(x, ..., False),
     lambda op, x: op.contiguous(x, ...),  # reshape copies by itself where it must
-    lambda op, x: op.clone(x, ...),  # nothing writes, so nobody sees a shared storage
+    lambda op, x: op.clone(x, ...),  # nothing in the graph writes; results.py sees to the caller
     lambda op, x: op.detach(x),
     lambda op, x: op.detach_(x),
     lambda op, x: op.alias(x),
@@ -64,7 +65,9 @@ class DropNoOperation(Rule):
 
     def condition(self, program: Program, match: Match) -> bool:
         # Same shape, dtype and device: a sum with 0 may still broadcast or promote.
-        return same_type(match.x, match.root) and not _skips(match.root)
+        return same_type(match.x, match.root) and not (
+            _skips(match.root) or is_result_copy(match.root)
+        )
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         return match.x
@@ -112,6 +115,12 @@ def holds_every_value(wide: torch.dtype | None, narrow: torch.dtype | None) -> b
         return True
     same_kind = wide.is_floating_point == narrow.is_floating_point and wide != torch.bool
     return same_kind and torch.promote_types(wide, narrow) == wide
+
+
+def is_transparent_cast(node: Node) -> bool:
+    """Whether a conversion changes no value over the reals: it does not round to integers."""
+    dtypes = dtype_of(node), dtype_of(node.all_input_nodes[0])
+    return holds_every_value(*dtypes) or all(d is not None and d.is_floating_point for d in dtypes)
 
 
 class DropEmptyPieces(Rule):

@@ -26,6 +26,7 @@ from torch.fx.node import map_aggregate
 from fxopt.ir.program import CONSTANTS, Program, dtype_of, shape_of
 from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.canonicalize.functional import is_mutable
+from fxopt.passes.canonicalize.results import is_result_copy
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.driver import erase_dead
 from fxopt.rewrite.pattern import Match, PatternOperators, Variable
@@ -67,6 +68,8 @@ def is_constant(value: Any) -> bool:
 def _fold(program: Program, node: Node) -> Tensor | None:
     if not node.all_input_nodes or not _is_repeatable(node) or is_stored_weight(node):
         return None  # a call without inputs, such as arange, is a constant already
+    if is_result_copy(node):
+        return None  # the caller may write to it
     # Export reads a literal in the model's code through lift_fresh_copy: not a parameter.
     literal = (
         node.target is aten.lift_fresh_copy.default and node.all_input_nodes[0].op == "get_attr"

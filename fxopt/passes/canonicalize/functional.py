@@ -17,6 +17,7 @@ from torch.fx import Node
 from fxopt.ir.program import Program, Refusal, Site, dtype_of, module_path
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.driver import erase_dead
+from fxopt.rewrite.pattern import packet_of
 
 aten = torch.ops.aten
 
@@ -67,7 +68,7 @@ def _obstacle(program: Program, node: Node) -> str | None:
     written = node.args[0]
     if not isinstance(written, Node):
         return f"{node.target} writes to something that is not a tensor of the graph"
-    chain = _views_above(written)
+    chain = views_above(written)
     for other in _aliases(program)[written]:
         if other.op in ("placeholder", "get_attr"):
             kind = "an input" if other.op == "placeholder" else "a weight"
@@ -91,8 +92,8 @@ def _read_later(chain: list[Node], write: Node) -> list[Node]:
     return chain[: needed[-1] + 1] if needed else []
 
 
-def _views_above(node: Node) -> list[Node]:
-    """A node, what it is a view of, what that is a view of, and so on."""
+def views_above(node: Node) -> list[Node]:
+    """A node, what it is or may be a view of, what that is a view of, and so on."""
     chain = [node]
     while (source := _viewed(chain[-1])) is not None:
         chain.append(source)
@@ -120,6 +121,8 @@ def _viewed(node: Node) -> Node | None:
             return source
         twins = [user for user in source.users if user.args == node.args]
         return twins[0] if twins[0] is not node else None
+    if packet_of(node) is aten.to and dtype_of(node) != dtype_of(source):
+        return None  # a conversion copies
     schema = getattr(node.target, "_schema", None)
     shared = schema and any(argument.alias_info is not None for argument in schema.arguments)
     return source if shared else None
@@ -134,7 +137,7 @@ def _replace(program: Program, node: Node, made_by: str) -> None:
         result = build.call(aten.to.dtype, result, dtype_of(written))
     node.replace_all_uses_with(result)
     _let_read(written, result, node)
-    for view, source in itertools.pairwise(_read_later(_views_above(written), node)):
+    for view, source in itertools.pairwise(_read_later(views_above(written), node)):
         result = build.call(_SCATTERS[view.target], source, result, *view.args[1:])
         _let_read(source, result, node)
     erase_dead([node])

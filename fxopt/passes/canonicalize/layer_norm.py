@@ -21,6 +21,7 @@ from fxopt.passes.canonicalize.rms_norm import (
     is_last_axis,
     is_read_without_gain,
     is_vector,
+    passes_integers,
 )
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.pattern import Match, PatternOperators, Variable, argument
@@ -52,7 +53,8 @@ class RaiseLayerNorm(Rule):
 
     def condition(self, program: Program, match: Match) -> bool:
         last = is_last_axis(match.axes, match.x) and same_shape(match.root, match.x)
-        return last and ("variance" not in match.bindings or _is_biased(match.variance))
+        known = last and not passes_integers(match)
+        return known and ("variance" not in match.bindings or _is_biased(match.variance))
 
     def check(self, program: Program, match: Match) -> str | None:
         return check_norm(match)
@@ -86,7 +88,8 @@ class FoldLayerNormGain(Rule):
         return _check_fold(match, is_read_without_gain(match.norm))
 
     def rewrite(self, build: Builder, match: Match) -> Node:
-        return build.call(aten.layer_norm.default, match.x, match.axes, match.gain, None, match.eps)
+        gain = cast(build, match.gain, dtype_of(match.norm))  # as the product widened it
+        return build.call(aten.layer_norm.default, match.x, match.axes, gain, None, match.eps)
 
 
 class FoldLayerNormBias(Rule):
@@ -103,9 +106,8 @@ class FoldLayerNormBias(Rule):
         return _check_fold(match, len(match.norm.users) > 1)
 
     def rewrite(self, build: Builder, match: Match) -> Node:
-        return build.call(
-            aten.layer_norm.default, match.x, match.axes, match.gain, match.bias, match.eps
-        )
+        bias = cast(build, match.bias, dtype_of(match.norm))
+        return build.call(aten.layer_norm.default, match.x, match.axes, match.gain, bias, match.eps)
 
 
 def _check_fold(match: Match, read_elsewhere: bool) -> str | None:

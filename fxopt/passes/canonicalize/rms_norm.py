@@ -17,9 +17,9 @@ import torch
 from torch.fx import Node
 
 from fxopt.ir.program import Program, dtype_of, shape_of
-from fxopt.passes.canonicalize.cleanup import holds_every_value
+from fxopt.passes.canonicalize.cleanup import holds_every_value, is_transparent_cast
 from fxopt.rewrite.builder import Builder
-from fxopt.rewrite.pattern import Match, PatternOperators, Variable, argument
+from fxopt.rewrite.pattern import Match, PatternOperators, Variable, argument, packet_of
 from fxopt.rewrite.rule import Rule
 from fxopt.rewrite.sizes import fixed, same_shape, same_size
 
@@ -42,7 +42,8 @@ class RaiseRmsNorm(Rule):
         return [op.mul(op.cast(x), inverse), op.div(op.cast(x), root)]
 
     def condition(self, program: Program, match: Match) -> bool:
-        return is_last_axis(match.axes, match.x) and same_shape(match.root, match.x)
+        last = is_last_axis(match.axes, match.x) and same_shape(match.root, match.x)
+        return last and not passes_integers(match)
 
     def check(self, program: Program, match: Match) -> str | None:
         return check_norm(match)
@@ -110,6 +111,12 @@ def is_last_axis(axes: Any, x: Node) -> bool:
     """Whether `axes` names the last axis of x and no other."""
     rank = len(shape_of(x))
     return isinstance(axes, list | tuple) and [axis % rank for axis in axes] == [rank - 1]
+
+
+def passes_integers(match: Match) -> bool:
+    """Whether a conversion that a pattern looks through rounds to integers."""
+    casts = (node for node in match.interior if packet_of(node) is aten.to)
+    return not all(is_transparent_cast(node) for node in casts)
 
 
 def is_vector(value: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.ir.program import dtype_of, shape_of
-from fxopt.passes.canonicalize.cleanup import holds_every_value
+from fxopt.passes.canonicalize.cleanup import holds_every_value, is_transparent_cast
 from fxopt.rewrite.pattern import argument, packet_of, plain_packet
 from fxopt.rewrite.sizes import same_sizes
 
@@ -106,8 +106,11 @@ def _biased_product(node: Node, depth: int) -> Scores:
 
 def _cast_or_view(node: Node, depth: int) -> Scores | None:
     inner = read_scores(node.all_input_nodes[0], depth)
-    if inner is None or packet_of(node) is aten.to:
-        return inner
+    if inner is None:
+        return None
+    if packet_of(node) is aten.to:
+        obstacle = None if is_transparent_cast(node) else "the scores are converted to or from integers"
+        return replace(inner, obstacle=inner.obstacle or obstacle)
     if not same_sizes(shape_of(node)[-2:], shape_of(inner.product)[-2:]):
         return None
     return replace(inner, heads=shape_of(node)[1]) if len(shape_of(node)) == 4 else inner

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from fxopt.ir.program import Program
 from fxopt.passes.canonicalize.functional import is_mutable
+from fxopt.passes.canonicalize.results import is_result_copy
 
 aten = torch.ops.aten
 
@@ -38,7 +39,8 @@ def _can_merge(node: Node) -> bool:
         return True
     tags = getattr(node.target, "tags", ())
     random = torch.Tag.nondeterministic_seeded in tags
-    return node.op == "call_function" and not random and not is_mutable(node)
+    writes_or_copies = is_mutable(node) or is_result_copy(node)
+    return node.op == "call_function" and not random and not writes_or_copies
 
 
 def _key(node: Node) -> Hashable:

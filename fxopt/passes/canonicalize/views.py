@@ -204,9 +204,14 @@ def _bounds(node: Node) -> list[Any]:
     start = 0 if start is None else start
     stop = TO_THE_END if stop is None else stop
     if size is not None:
-        start, stop = (b + size if isinstance(b, int) and b < 0 else b for b in (start, stop))
+        start, stop = (_from_the_front(bound, size) for bound in (start, stop))
         stop = TO_THE_END if isinstance(stop, int) and stop >= size else stop
     return [axis, start, stop] if step == 1 else [axis, start, stop, step]
+
+
+def _from_the_front(bound: Any, size: int) -> Any:
+    # One that reaches past the front stands at the front: left negative, it would count again.
+    return max(bound + size, 0) if isinstance(bound, int) and bound < 0 else bound
 
 
 RULES = (

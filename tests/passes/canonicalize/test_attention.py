@@ -289,6 +289,14 @@ def mixed_dtypes(q, k, v):
     return torch.softmax(q @ k.mT, -1).double() @ v.cos().double().exp()
 
 
+def rounded_scores(q, k, v):
+    return torch.softmax((q @ k.mT).int().float(), -1) @ v
+
+
+def rounded_probabilities(q, k, v):
+    return torch.softmax(q @ k.mT * 30, -1).int().float() @ v
+
+
 REFUSED = [
     (probabilities_escape, "read elsewhere"),
     (filled_too_high, "not low enough"),
@@ -298,6 +306,8 @@ REFUSED = [
     (other_batch, "one batch size"),
     (other_heads, "heads of queries"),
     (mixed_dtypes, "different dtypes"),
+    (rounded_scores, "scores are converted to or from integers"),
+    (rounded_probabilities, "probabilities are converted to or from integers"),
 ]
 
 

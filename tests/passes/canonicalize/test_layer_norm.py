@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxopt.passes.canonicalize import layer_norm
-from tests.graphs import Function, operators
+from tests.graphs import Function, operators, run
 from tests.passes.canonicalize.rules import canonical, captured, refused, rewrites
 
 aten = torch.ops.aten
@@ -63,6 +63,9 @@ def test_half_precision_keeps_its_dtype():
 NOT_A_NORM = {
     "unbiased": lambda x: (x - x.mean(-1, True)) / (x.var(-1, keepdim=True) + EPS).sqrt(),
     "eps outside": lambda x: (x - x.mean(-1, True)) / (x.var(-1, True, keepdim=True).sqrt() + EPS),
+    "a rounded mean": lambda x: (
+        (x - x.int().float().mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
+    ),
     "another mean": lambda x: (
         (x - x.sin().mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
     ),
@@ -104,6 +107,16 @@ def test_a_shared_norm_is_refused():
 
     program = captured(Function(forward, w=torch.randn(8)), torch.randn(2, 5, 8))
     refused(program, layer_norm.RULES, "without its gain", done_before=1)
+
+
+def test_a_narrower_gain_and_bias_are_widened_as_the_model_widened_them():
+    weights = {name: torch.randn(8).bfloat16() for name in "wb"}
+    x = torch.randn(2, 5, 8)
+    program = captured(Function(lambda x, w, b: core(x) * w + b, **weights), x)
+    before = run(program, [x])
+    canonical(program, [x])
+    assert operators(program) == {"aten.layer_norm.default": 1, "aten.to.dtype": 2}
+    torch.testing.assert_close(run(program, [x]), before)
 
 
 def test_a_wider_gain_is_refused():

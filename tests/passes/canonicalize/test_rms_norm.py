@@ -122,6 +122,7 @@ NOT_A_NORM = {
     "two axes": lambda x: x * torch.rsqrt(x.pow(2).mean((1, 2), keepdim=True) + EPS),
     "cube": lambda x: x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + EPS),
     "sum": lambda x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS),
+    "a rounded x": lambda x: x * torch.rsqrt(x.int().float().pow(2).mean(-1, keepdim=True) + EPS),
     "another x": lambda x: x.sin() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS),
 }
 

@@ -102,6 +102,8 @@ def test_unbind_is_a_selection():
         (lambda x: x[..., -2:], (2, 4, views.TO_THE_END)),
         (lambda x: x[..., 1:99], (2, 1, views.TO_THE_END)),
         (lambda x: x[..., 1::2], (2, 1, views.TO_THE_END, 2)),
+        (lambda x: x[..., -12:-2], (2, 0, 4)),  # past the front
+        (lambda x: x[..., :-9], (2, 0, 0)),
         (lambda x: x[:, -2:], (1, -2, views.TO_THE_END)),  # the size is not known: left alone
     ],
 )
