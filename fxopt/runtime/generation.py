@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -17,7 +16,7 @@ from fxopt.ir.signature import check_tensors
 from fxopt.ir.structure import unflatten
 from fxopt.runtime.calling import bind_keywords, convert_integers, fill_defaults
 from fxopt.runtime.encoded import EncodedSource, pack_source, unpack_source
-from fxopt.runtime.optimized import OptimizedModel
+from fxopt.runtime.optimized import OptimizedModel, run_graph
 from fxopt.runtime.stages import Stages, split_stages
 from fxopt.runtime.state import new_cache, read_cache, write_cache
 
@@ -124,8 +123,7 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
         specs = [spec for spec in self.signature.inputs if spec.name in names]
         fill_defaults(self.signature, specs, bound, 0)
         inputs = self._checked(names, bound)
-        with torch.no_grad():
-            values = self.stages.source(*inputs)
+        values = run_graph(self.stages.source, inputs)
         masks = {name: bound[name] for name in names if name in self.signature.defaults}
         return pack_source(self.stages, values, masks)
 
@@ -142,8 +140,7 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
         fill_defaults(self.signature, [s for s in given if s.name in names], bound, length)
         bound |= dict(zip((spec.name for spec in held), past, strict=True))
         steps = self._checked(names, bound)
-        with torch.no_grad():
-            return list(self.stages.step(*carried, *steps))
+        return run_graph(self.stages.step, [*carried, *steps])
 
     def _checked(self, names: Sequence[str], bound: Mapping[str, Any]) -> list[Tensor]:
         """The inputs of those names, which one stage takes, in the stage's order."""

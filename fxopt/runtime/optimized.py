@@ -1,6 +1,7 @@
 """OptimizedModel: what `fxopt.optimize` returns and `fxopt.load` brings back."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,7 @@ class OptimizedModel(nn.Module):
     def run_flat(self, tensors: list[Tensor]) -> list[Tensor]:
         """The graph on flat tensors; flat outputs, cache last."""
         self.signature.check(tensors)
-        with torch.no_grad():
-            return list(self.runner(*tensors))
+        return run_graph(self.runner, tensors)
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -236,6 +236,16 @@ class OptimizedModel(nn.Module):
         """Inputs and bytes, for print(model)."""
         inputs = ", ".join(spec.name for spec in self.signature.inputs[:4])
         return f"inputs=({inputs}), bytes={self.byte_count():,}"
+
+
+def run_graph(graph: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Flat outputs, without gradients and without autocast: the program's dtypes were verified."""
+    kind = tensors[0].device.type if tensors else "cpu"
+    # Entering autocast takes microseconds, which a decoding step should not pay for nothing.
+    active = torch.is_autocast_enabled(kind)
+    autocast = torch.autocast(kind, enabled=False) if active else contextlib.nullcontext()
+    with torch.no_grad(), autocast:
+        return list(graph(*tensors))
 
 
 def _refuse_state() -> LoweringError:

@@ -267,6 +267,25 @@ def test_what_was_encoded_is_what_the_decoder_is_given():
         optimized(encoder_outputs=(source.last_hidden_state,), decoder_input_ids=tokens)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@torch.no_grad()
+def test_autocast_changes_nothing(name):
+    optimized = pair(name)[1]
+    ids = torch.randint(3, 99, (2, 6))
+    extra = {"decoder_input_ids": ids[:, :3]} if name == "t5" else {}
+
+    def results():
+        tokens = optimized.generate(ids, max_new_tokens=4, do_sample=False)
+        return optimized(input_ids=ids, **extra).logits, tokens
+
+    logits, tokens = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        again = results()
+    assert again[0].dtype == torch.float32
+    assert torch.equal(again[0], logits)
+    assert torch.equal(again[1], tokens)
+
+
 def test_masks_of_other_integer_dtypes_and_flags():
     _, optimized = pair("bert")
     ids = torch.randint(3, 99, (2, 5))
