@@ -293,6 +293,8 @@ def test_masks_of_other_integer_dtypes_and_flags():
     expected = optimized(ids, mask.long()).last_hidden_state
     assert torch.equal(optimized(ids, mask.bool()).last_hidden_state, expected)
     assert torch.equal(optimized(ids, mask.int()).last_hidden_state, expected)
+    with pytest.raises(InputError, match="'input_ids' is passed by position and by keyword"):
+        optimized(ids, input_ids=ids)
     with pytest.raises(InputError, match="'output_router_logits'"):
         pair("mixtral")[1](ids, output_router_logits=True)
     with pytest.raises(fxopt.FxoptError, match="optimize it again"):
