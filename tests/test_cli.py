@@ -98,6 +98,17 @@ def test_bench_makes_what_a_model_takes():
     assert pixels.shape == (2, 3, 8, 8)
 
 
+def test_places_that_cannot_be_written_are_refused_before_any_work(optimized, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("x")
+    before = ("optimize", "no model", "--recipe", "canonical", "--out")
+    assert "is not empty" in run(*before, tmp_path / "mine", code=1).stderr
+    report = ("--report", tmp_path / "nowhere" / "r.html")
+    assert "no place for a report" in run(*before, tmp_path / "new", *report, code=1).stderr
+    html = ("--html", tmp_path / "nowhere" / "d.html")
+    assert "cannot be written" in run("diff", optimized, optimized, *html, code=1).stderr
+
+
 def test_optimize_prints_a_report_and_writes_html(checkpoint, tmp_path):
     out, html = tmp_path / "model", tmp_path / "r.html"
     result = run(
