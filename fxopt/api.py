@@ -1,9 +1,11 @@
 """The public verbs: optimize, capture, load, diff."""
 
+import functools
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -36,7 +38,24 @@ from fxopt.runtime.optimized import OptimizedModel
 _LARGE_MODEL_BYTES = 200_000_000
 _NATURAL_TEXTS, _NATURAL_LENGTH = 4, 64
 
+# Tracing changes what the whole process shares: functions of torch and transformers, and the model.
+_TRACING = threading.RLock()
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
+
+def _one_at_a_time(verb: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let other threads wait until the verb is done."""
+
+    @functools.wraps(verb)
+    def locked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with _TRACING:
+            return verb(*args, **kwargs)
+
+    return locked
+
+
+@_one_at_a_time
 def optimize(
     model: nn.Module,
     recipe: Any,
@@ -109,6 +128,7 @@ def optimize(
         return optimized
 
 
+@_one_at_a_time
 def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     """Capture a model as a Program, checked against the model.
 
@@ -127,6 +147,7 @@ def diff(a: Any, b: Any) -> Diff:
     return diff_programs(_program_of(a), _program_of(b))
 
 
+@_one_at_a_time
 def load(path: str | Path, target: str = "auto") -> OptimizedModel:
     """Load a folder written by `save_pretrained`; runs no pickled code and no model class.
 

@@ -15,14 +15,14 @@ from typer.core import TyperGroup
 from fxopt import api
 from fxopt.checkpoint import is_saved, load_model, load_program
 from fxopt.demo import compare_speed, run_demo
-from fxopt.errors import FxoptError, InputError
+from fxopt.errors import FxoptError, InputError, SaveError
 from fxopt.ir.diff import diff as diff_programs
 from fxopt.ir.text import format_program, operator_name
 from fxopt.pipeline.options import known_passes
 from fxopt.pipeline.recipe import Recipe
 from fxopt.pipeline.report import Report, dump_json
 from fxopt.pipeline.tokenizer import load_tokenizer
-from fxopt.runtime.folder import read_folder
+from fxopt.runtime.folder import check_destination, read_folder
 
 _OUT = Console()
 _ERR = Console(stderr=True)
@@ -107,6 +107,8 @@ def optimize(
 ) -> None:
     """Optimize a model by a recipe and save the result."""
     resolved = Recipe.resolve(recipe)  # before minutes are spent on loading
+    check_destination(out)
+    _check_report(report, out)
     loaded = load_model(model)
     optimized = api.optimize(loaded, resolved, target=target, verify=verify)
     optimized.save_pretrained(out)
@@ -167,7 +169,11 @@ def diff(
     """Show what differs between two programs, module by module."""
     found = diff_programs(load_program(before), load_program(after))
     if html is not None:
-        html.write_text(f"<!DOCTYPE html><meta charset='utf-8'>{found.to_html()}", "utf-8")
+        text = f"<!DOCTYPE html><meta charset='utf-8'>{found.to_html()}"
+        try:
+            html.write_text(text, "utf-8")
+        except OSError as error:
+            raise SaveError(f"the diff cannot be written to {str(html)!r}: {error}") from error
     if json:
         _print_json(found.to_dict())
     else:
@@ -235,7 +241,14 @@ def bench(
     _OUT.print(table)
 
 
-# --- printing -------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------
+
+
+def _check_report(report: Path | None, out: Path) -> None:
+    if report is None or (report.parent.absolute() == out.absolute() and not report.is_dir()):
+        return  # the folder of the model will be there by then
+    if report.is_dir() or not report.parent.is_dir():
+        raise SaveError(f"there is no place for a report at {str(report)!r}; give a file's path.")
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -243,6 +256,9 @@ def _shape(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.strip().isdigit() and int(part) for part in parts):
         raise InputError(f"{text!r} is no shape; write batch,length, for instance 32,128.")
     return int(parts[0]), int(parts[1])
+
+
+# --- printing -------------------------------------------------------------------------------
 
 
 def _print_json(data: Any) -> None:

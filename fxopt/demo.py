@@ -16,6 +16,7 @@ from torch import Tensor
 from fxopt.api import load, optimize
 from fxopt.checkpoint import load_model
 from fxopt.errors import ModelError
+from fxopt.ir.signature import Signature
 from fxopt.pipeline.report import Report
 from fxopt.pipeline.tokenizer import load_tokenizer
 
@@ -173,11 +174,33 @@ def compare_embeddings(
 
 
 def compare_speed(model: Any, optimized: Any, batch: int, length: int) -> Speed:
-    """Time both models in turns on the same random tokens, every token real."""
-    ids = torch.randint(model.config.vocab_size, (batch, length))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    """Time both models in turns on the same random inputs, every token real."""
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or 2)
+    inputs = random_inputs(optimized.signature, batch, length, vocabulary)
     eager, fast = alternate(lambda: model(**inputs), lambda: optimized(**inputs))
     return Speed(batch, length, eager, fast)
+
+
+def random_inputs(
+    signature: Signature, batch: int, length: int, vocabulary: int
+) -> dict[str, Tensor]:
+    """What the signature asks for, by name: tokens, masks of ones, pictures, and no cache.
+
+    Every dimension that varies is `length`, the batch aside.
+    """
+    sizes = {"batch": batch}
+    count = signature.cache.count if signature.cache else 0
+    inputs: dict[str, Tensor] = {}
+    for spec in signature.inputs[: len(signature.inputs) - count]:
+        shape = [d if isinstance(d, int) else sizes.get(d, length) for d in spec.shape]
+        default = signature.defaults.get(spec.name)
+        if spec.dtype.is_floating_point:
+            inputs[spec.name] = torch.randn(shape, dtype=spec.dtype)
+        elif default is None:
+            inputs[spec.name] = torch.randint(vocabulary, shape).to(spec.dtype)
+        elif default == "ones":
+            inputs[spec.name] = torch.ones(shape, dtype=spec.dtype)
+    return inputs
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -116,6 +117,18 @@ def test_the_result_is_that_of_the_model():
     assert all(torch.allclose(result[key], expected[key], atol=1e-6) for key in expected)
     other = torch.randn(5, 1, 16)
     assert torch.allclose(optimized(other)["y"], model(other)["y"], atol=1e-6)
+
+
+def test_threads_wait_for_each_other():
+    wanted = [hf_model(name)(torch.arange(5)[None])[0] for name in ("llama", "bert")]
+
+    def result(name: str) -> torch.Tensor:
+        return optimize(hf_model(name), CANONICAL)(torch.arange(5)[None])[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(result, ("llama", "bert") * 2))
+    for got, expected in zip(found, wanted * 2, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_keyword_examples():

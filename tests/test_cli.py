@@ -3,12 +3,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fxopt import demo
 from fxopt.cli import app
 from fxopt.errors import ModelError
-from tests.tiny import save, small_program, tiny_model
+from fxopt.ir.signature import Signature, TensorSpec
+from tests.tiny import save, small_program, tiny_model, tiny_program
 
 
 def run(*arguments, code=0):
@@ -81,6 +83,30 @@ def test_bench(optimized, checkpoint, monkeypatch):
     assert [(row["batch"], row["length"]) for row in rows] == [(2, 8)]
     assert rows[0]["speedup"] > 0
     assert "eager ms" in run("bench", optimized, checkpoint).stdout
+
+
+def test_bench_makes_what_a_model_takes():
+    program = tiny_program("t5")
+    inputs = demo.random_inputs(program.signature, 2, 5, 99)
+    assert inputs["input_ids"].shape == inputs["decoder_input_ids"].shape == (2, 5)
+    assert bool(inputs["attention_mask"].all())
+    tiny_model("t5")(**inputs)
+    picture = Signature(
+        (TensorSpec("pixel_values", ("batch", 3, 8, 8), torch.float32),), (), {}, {}
+    )
+    [pixels] = demo.random_inputs(picture, 2, 5, 99).values()
+    assert pixels.shape == (2, 3, 8, 8)
+
+
+def test_places_that_cannot_be_written_are_refused_before_any_work(optimized, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("x")
+    before = ("optimize", "no model", "--recipe", "canonical", "--out")
+    assert "is not empty" in run(*before, tmp_path / "mine", code=1).stderr
+    report = ("--report", tmp_path / "nowhere" / "r.html")
+    assert "no place for a report" in run(*before, tmp_path / "new", *report, code=1).stderr
+    html = ("--html", tmp_path / "nowhere" / "d.html")
+    assert "cannot be written" in run("diff", optimized, optimized, *html, code=1).stderr
 
 
 def test_optimize_prints_a_report_and_writes_html(checkpoint, tmp_path):

@@ -1,12 +1,16 @@
 """Every architecture of the zoo: `canonical` keeps its results, `w8a8-dynamic` runs on it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as hf
 
 import fxopt
 from fxopt.ir.program import PassRecord, Program
-from tests.models import optimize_zoo, zoo_model
+from fxopt.runtime.folder import read_folder
+from tests.models import canonical_program, optimize_zoo, zoo_model
+from tests.tiny import save
 
 aten = torch.ops.aten
 ops = torch.ops.fxopt
@@ -132,6 +136,22 @@ def test_outputs_are_those_of_the_model(encoder):
 def test_w8a8_dynamic_keeps_outputs_close(encoder):
     record = assert_stored_as_integers(optimize_zoo(encoder, recipe("w8a8-dynamic")).program)
     assert record.verification["sqnr_db"] > 15
+
+
+def test_captures_of_decoders_can_be_saved(generative, tmp_path):
+    assert_saved(generative, tmp_path)
+
+
+def test_captures_of_encoders_can_be_saved(encoder, tmp_path):
+    assert_saved(encoder, tmp_path)
+
+
+def assert_saved(name: str, path: Path) -> None:
+    """All that the capture and the canonical program call is on the list of what a folder may."""
+    for program in (zoo_model(name).program, canonical_program(name)):
+        save(path / "model", program)
+        again = read_folder(path / "model", shapes=False).program
+        assert [n.target for n in again.graph.nodes] == [n.target for n in program.graph.nodes]
 
 
 def assert_stored_as_integers(program: Program) -> PassRecord:

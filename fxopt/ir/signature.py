@@ -180,20 +180,25 @@ class Signature:
             InputError: a rank, a dtype or a fixed dimension differs, or two inputs that share a
                 dimension disagree about it.
         """
-        bound: dict[str, tuple[int, str]] = {}
-        for spec, tensor in zip(self.inputs, tensors, strict=True):
-            if tensor.dim() != len(spec.shape):
-                raise InputError(
-                    f"input {spec.name!r} has shape {list(tensor.shape)}; the program takes "
-                    f"{list(spec.shape)}."
-                )
-            if tensor.dtype != spec.dtype:
-                raise InputError(
-                    f"input {spec.name!r} is {tensor.dtype}; the program takes {spec.dtype}. "
-                    f"Convert it with .to({spec.dtype})."
-                )
-            for axis, (expected, size) in enumerate(zip(spec.shape, tensor.shape, strict=True)):
-                _check_dimension(spec, axis, expected, size, bound)
+        check_tensors(self.inputs, tensors)
+
+
+def check_tensors(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> None:
+    """Refuse tensors that do not fit their specs, or each other; see `Signature.check`."""
+    bound: dict[str, tuple[int, str]] = {}
+    for spec, tensor in zip(specs, tensors, strict=True):
+        if tensor.dim() != len(spec.shape):
+            raise InputError(
+                f"input {spec.name!r} has shape {list(tensor.shape)}; the program takes "
+                f"{list(spec.shape)}."
+            )
+        if tensor.dtype != spec.dtype:
+            raise InputError(
+                f"input {spec.name!r} is {tensor.dtype}; the program takes {spec.dtype}. "
+                f"Convert it with .to({spec.dtype})."
+            )
+        for axis, (expected, size) in enumerate(zip(spec.shape, tensor.shape, strict=True)):
+            _check_dimension(spec, axis, expected, size, bound)
 
 
 def _check_dimension(

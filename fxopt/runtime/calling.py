@@ -83,13 +83,18 @@ def bind_keywords(
     """Arguments by name; flags the graph does not need and inputs left out are dropped.
 
     Raises:
-        InputError: an argument is unknown, or asks for what the graph does not compute.
+        InputError: an argument is unknown, passed twice, or asks for what the graph does not
+            compute.
     """
     if len(args) > len(signature.parameters):
         raise InputError(
             f"{len(args)} positional arguments; the model takes {len(signature.parameters)}."
         )
-    named = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+    positional = dict(zip(signature.parameters, args, strict=False))
+    twice = [name for name in positional if name in kwargs]
+    if twice:
+        raise InputError(f"{twice[0]!r} is passed by position and by keyword; pass it once.")
+    named = {**positional, **kwargs}
     bound: dict[str, Any] = {}
     known = [spec.name for spec in signature.inputs]
     for name, value in named.items():

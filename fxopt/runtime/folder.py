@@ -11,6 +11,7 @@ manifest.json           size and hash of all of these
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Generator
@@ -70,7 +71,7 @@ def write_folder(
         SaveError: `path` is something else, or something cannot be stored.
     """
     path = Path(path)
-    _check_destination(path)
+    check_destination(path)
     with _new_folder(path) as folder:
         _write_json(folder / CONFIG, config or {}, "the configuration")
         if generation_config is not None:
@@ -87,13 +88,24 @@ def write_folder(
         _keep_foreign_files(path, folder)
 
 
-def _check_destination(path: Path) -> None:
+def check_destination(path: Path) -> None:
+    """Refuse a path that `write_folder` would not write to.
+
+    Raises:
+        SaveError: something else is there, or no folder can be made there.
+    """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise SaveError(f"{str(path)!r} exists and is no folder. Give the path of a folder.")
     if path.is_dir() and any(path.iterdir()) and not _is_own(path):
         raise SaveError(
             f"{str(path)!r} is not empty and was not saved by fxopt, so it is not replaced. Give "
             "another path, or remove the folder; save tokenizers after the model."
+        )
+    parent = next(place for place in path.absolute().parents if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SaveError(
+            f"{str(path)!r} could not be written: no folder can be made in {str(parent)!r}. Give "
+            "another path."
         )
 
 

@@ -1,10 +1,9 @@
 """An optimized HF model: keyword calls, caches, and `generate` from transformers."""
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -13,23 +12,13 @@ from transformers.utils import ModelOutput
 from fxopt.errors import InputError
 from fxopt.ir.cache_names import CACHE_NAME, CACHE_NAMES
 from fxopt.ir.program import Program
+from fxopt.ir.signature import check_tensors
 from fxopt.ir.structure import unflatten
-from fxopt.runtime.calling import bind_keywords, fill_defaults
-from fxopt.runtime.optimized import OptimizedModel
+from fxopt.runtime.calling import bind_keywords, convert_integers, fill_defaults
+from fxopt.runtime.encoded import EncodedSource, pack_source, unpack_source
+from fxopt.runtime.optimized import OptimizedModel, run_graph
 from fxopt.runtime.stages import Stages, split_stages
 from fxopt.runtime.state import new_cache, read_cache, write_cache
-
-
-@dataclass
-class EncodedSource(ModelOutput):
-    """What an encoder-decoder computes once per text; passed back as `encoder_outputs`.
-
-    `last_hidden_state` and the `carried_<i>` entries, which are added by item, have a row per
-    text and are repeated for beams; `shared` holds the tensors that all rows share.
-    """
-
-    last_hidden_state: Tensor | None = None
-    shared: tuple[Tensor, ...] | None = None
 
 
 class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
@@ -129,46 +118,35 @@ class OptimizedPretrainedModel(OptimizedModel, GenerationMixin):
     def encode(self, **kwargs: Any) -> EncodedSource:
         """Run the first stage: the encoder and everything else that no token changes."""
         assert self.stages is not None  # noqa: S101 - get_encoder asked
+        names = self.stages.source_inputs
         bound = bind_keywords(self.signature, (), kwargs)
-        specs = [s for s in self.signature.inputs if s.name in self.stages.source_inputs]
+        specs = [spec for spec in self.signature.inputs if spec.name in names]
         fill_defaults(self.signature, specs, bound, 0)
-        with torch.no_grad():
-            values = self.stages.source(*(bound[name] for name in self.stages.source_inputs))
-        encoded = EncodedSource(last_hidden_state=values[self.stages.hidden])
-        shared: list[Tensor] = []
-        for index, (value, expands) in enumerate(zip(values, self.stages.expands, strict=True)):
-            if not expands:
-                shared.append(value)
-            elif index != self.stages.hidden:
-                encoded[f"carried_{index}"] = value
-        if shared:
-            encoded["shared"] = tuple(shared)
-        return encoded
+        inputs = self._checked(names, bound)
+        values = run_graph(self.stages.source, inputs)
+        masks = {name: bound[name] for name in names if name in self.signature.defaults}
+        return pack_source(self.stages, values, masks)
 
     def _run_step(
         self, bound: dict[str, Any], past: list[Tensor], source: Any, length: int
     ) -> list[Tensor]:
-        if self.stages is None or not isinstance(source, EncodedSource):
-            raise InputError(
-                f"encoder_outputs is a {type(source).__name__}; pass what model.get_encoder() "
-                "returns, which holds the decoder's cross-attention keys as well."
-            )
-        shared = iter(source.shared or ())
-        carried: list[Tensor] = []
-        for index, expands in enumerate(self.stages.expands):
-            if not expands:
-                carried.append(next(shared))
-            else:
-                name = "last_hidden_state" if index == self.stages.hidden else f"carried_{index}"
-                carried.append(source[name])
-        names = set(self.stages.step_inputs)
+        if self.stages is None:
+            raise InputError("encoder_outputs were passed to a model that has no encoder.")
+        names = self.stages.step_inputs
         count = len(self.signature.inputs) - len(past)
-        specs = [s for s in self.signature.inputs[:count] if s.name in names]
-        fill_defaults(self.signature, specs, bound, length)
-        bound |= dict(zip((s.name for s in self.signature.inputs[count:]), past, strict=True))
-        with torch.no_grad():
-            steps = [bound[name] for name in self.stages.step_inputs]
-            return list(self.stages.step(*carried, *steps))
+        given, held = self.signature.inputs[:count], self.signature.inputs[count:]
+        convert_integers(given, bound)
+        carried = unpack_source(self.stages, source, bound)
+        fill_defaults(self.signature, [s for s in given if s.name in names], bound, length)
+        bound |= dict(zip((spec.name for spec in held), past, strict=True))
+        steps = self._checked(names, bound)
+        return run_graph(self.stages.step, [*carried, *steps])
+
+    def _checked(self, names: Sequence[str], bound: Mapping[str, Any]) -> list[Tensor]:
+        """The inputs of those names, which one stage takes, in the stage's order."""
+        specs = [spec for spec in self.signature.inputs if spec.name in names]
+        check_tensors(specs, [bound[spec.name] for spec in specs])
+        return [bound[name] for name in names]
 
     # --- what transformers asks of a model ---------------------------------------------------
 

@@ -1,6 +1,7 @@
 """OptimizedModel: what `fxopt.optimize` returns and `fxopt.load` brings back."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,7 @@ class OptimizedModel(nn.Module):
     def run_flat(self, tensors: list[Tensor]) -> list[Tensor]:
         """The graph on flat tensors; flat outputs, cache last."""
         self.signature.check(tensors)
-        with torch.no_grad():
-            return list(self.runner(*tensors))
+        return run_graph(self.runner, tensors)
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -128,13 +128,29 @@ class OptimizedModel(nn.Module):
 
     # --- weights ----------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Weights and scales by their dotted names; tied names are all listed."""
-        del args, kwargs
+    def state_dict(  # type: ignore[override]
+        self,
+        *,
+        destination: dict[str, Any] | None = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+    ) -> dict[str, Any]:
+        """Weights and scales by their dotted names; tied names are all listed.
+
+        Args:
+            destination: where to put them; a module that holds this one passes its own.
+            prefix: put before each name.
+            keep_vars: hand out parameters as they are, not detached.
+        """
+        into: dict[str, Any] = {} if destination is None else destination
+        for name, value in self._named_weights().items():
+            into[prefix + name] = value if keep_vars else value.detach()
+        return into
+
+    def _named_weights(self) -> dict[str, Tensor]:
         weights = self.program.weights()
-        return dict(weights) | {
-            alias: weights[name] for alias, name in self.program.aliases.items() if name in weights
-        }
+        aliases = self.program.aliases.items()
+        return {**weights} | {alias: weights[name] for alias, name in aliases if name in weights}
 
     def state_dict_for(self, model: nn.Module) -> dict[str, Tensor]:
         """Weights with which the untouched original computes what this model does.
@@ -155,10 +171,23 @@ class OptimizedModel(nn.Module):
     ) -> Any:
         """Refused: the lowered program holds packed copies of its weights."""
         del state_dict, strict, assign
-        raise LoweringError(
-            "an optimized model does not load another state dict: its kernels hold weights packed "
-            "for them. Load the state into the original model and optimize that."
-        )
+        raise _refuse_state()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """What `load_state_dict` of a module that holds this one calls; that may leave it out."""
+        del local_metadata, strict, unexpected_keys, error_msgs
+        if any(name.startswith(prefix) for name in state_dict):
+            raise _refuse_state()
+        missing_keys += [prefix + name for name in self._named_weights()]
 
     def to(self, *args: Any, **kwargs: Any) -> "OptimizedModel":
         """Move to a device; the program is lowered again for it.
@@ -207,3 +236,21 @@ class OptimizedModel(nn.Module):
         """Inputs and bytes, for print(model)."""
         inputs = ", ".join(spec.name for spec in self.signature.inputs[:4])
         return f"inputs=({inputs}), bytes={self.byte_count():,}"
+
+
+def run_graph(graph: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Flat outputs, without gradients and without autocast: the program's dtypes were verified."""
+    kind = tensors[0].device.type if tensors else "cpu"
+    # Entering autocast takes microseconds, which a decoding step should not pay for nothing.
+    active = torch.is_autocast_enabled(kind)
+    autocast = torch.autocast(kind, enabled=False) if active else contextlib.nullcontext()
+    with torch.no_grad(), autocast:
+        return list(graph(*tensors))
+
+
+def _refuse_state() -> LoweringError:
+    return LoweringError(
+        "an optimized model does not load another state dict: its kernels hold weights packed for "
+        "them. Load the state into the original model and optimize that; of a module that holds an "
+        "optimized model, load the rest with strict=False."
+    )

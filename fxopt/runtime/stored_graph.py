@@ -106,8 +106,9 @@ def _encode_node(node: Node, symbols: dict[str, str]) -> StoredNode:
     if target is None or node.op in ("call_module", "call_method"):
         raise SaveError(
             f"{where} of {module_path(node) or 'the model'} calls {node.target}, which a stored "
-            "graph cannot name: only operators of aten, prims and fxopt and the arithmetic of "
-            "sizes can be stored. Write the computation with those."
+            "graph cannot name: only operators of fxopt, those of aten that check all of their "
+            "arguments, and the arithmetic of sizes can be stored. Write the computation with "
+            "those."
         )
     if node.op == "get_attr" and not _WEIGHT_NAME.fullmatch(target):
         raise SaveError(

@@ -1,9 +1,10 @@
 """Which operators a stored graph may name: nothing that is not on these lists is ever called.
 
-A stored graph names its operators; loading looks them up among the overloads of three
-namespaces and in a table of plain functions. It imports nothing and evaluates nothing that the
-folder names. Operators that take anything but tensors, numbers, strings and the like (files,
-storages, streams, arbitrary objects) are left out.
+A stored graph names its operators; loading looks them up among the overloads of two namespaces
+and in a table of plain functions. It imports nothing and evaluates nothing that the folder names.
+Of ATen only operators that check their arguments are called (`fxopt.runtime.stored_aten`), and
+none that takes anything but tensors, numbers, strings and the like (files, storages, streams,
+arbitrary objects).
 """
 
 import importlib
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-NAMESPACES = ("aten", "fxopt", "prims")
+from fxopt.runtime.stored_aten import may_be_stored
+
+NAMESPACES = ("aten", "fxopt")
 # transformers writes these into the graphs of models whose experts are not taken whole.
 FOREIGN = ("transformers.grouped_mm_fallback.default",)
 
@@ -88,7 +91,7 @@ def target_of_name(name: str) -> Callable[..., Any] | None:
         overload = _overload(found[1], found[2], found[3])
     if overload is None or str(overload) != name or not _takes_plain_values(overload):
         return None
-    return overload
+    return overload if found[1] != "aten" or may_be_stored(overload) else None
 
 
 def _overload(namespace: str, packet: str, name: str) -> OpOverload | None:

@@ -129,6 +129,25 @@ def test_refusals(run):
         run(NAME, x, codes, scale, zero, bias, "none", INTEGERS, start[1:], column, value)
 
 
+@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.parametrize(
+    ("start", "column", "message"),
+    [
+        ([0, 1, 1, 3], [0, 5, 32], "outlier_column must lie in .0, K. with K = 32"),
+        ([0, 1, 1, 3], [0, -1, 31], "outlier_column must lie in .0, K. with K = 32"),
+        ([1, 1, 1, 3], [0, 5, 31], "must rise from 0 to the number of outliers, 3"),
+        ([0, 1, 1, 4], [0, 5, 31], "must rise from 0 to the number of outliers, 3"),
+        ([0, 9, 1, 3], [0, 5, 31], "must rise from 0 to the number of outliers, 3"),
+        ([0, -9, 1, 3], [0, 5, 31], "must rise from 0 to the number of outliers, 3"),
+    ],
+)
+def test_outliers_outside_the_weight_are_refused(run, start, column, message, m):
+    codes, scale, _, bias = four_bit_weight(3, 32)
+    places = (torch.tensor(start).int(), torch.tensor(column).int(), torch.ones(3))
+    with pytest.raises(KernelError, match=message):
+        run(NAME, torch.randn(m, 32), codes, scale, None, bias, "none", INTEGERS, *places)
+
+
 def test_opcheck(native):
     codes, scale, zero, bias = four_bit_weight(7, 32, 2, True)
     x = torch.randn(3, 32)

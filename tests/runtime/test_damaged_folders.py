@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -12,9 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fxopt.errors import LoadError
+import fxopt
+from fxopt.errors import KernelError, LoadError
+from fxopt.ir.signature import TensorSpec
 from fxopt.runtime import stored_files
 from fxopt.runtime.folder import read_folder
+from tests.tiny import save, small_program
 
 
 def edit_graph(folder: Path, change) -> None:
@@ -132,6 +136,21 @@ def weight_table(**changes):
         (set_node(2, target="aten.from_file.default"), "does not know"),
         (set_node(2, target="aten.save.default"), "does not know"),
         (set_node(2, target="aten.__class__.mro"), "does not know"),
+        (set_node(2, target="aten._sparse_coo_tensor_unsafe.default"), "does not let"),
+        (set_node(2, target="aten._sparse_csr_tensor_unsafe.default"), "does not let"),
+        (set_node(2, target="aten._nested_view_from_buffer.default"), "does not let"),
+        (set_node(2, target="aten.segment_reduce.default"), "does not let"),
+        (set_node(2, target="aten._index_put_impl_.default"), "does not let"),
+        (set_node(2, target="aten._unsafe_index.Tensor"), "does not let"),
+        (set_node(2, target="aten._embedding_bag.default"), "does not let"),
+        (set_node(2, target="aten.embedding_bag.default"), "does not let"),
+        (set_node(2, target="aten.max_pool2d_with_indices_backward.default"), "does not let"),
+        (set_node(2, target="aten.native_group_norm.default"), "does not let"),
+        (set_node(2, target="aten.as_strided.default"), "does not let"),
+        (set_node(2, target="aten.resize_.default"), "does not let"),
+        (set_node(2, target="aten.set_.source_Tensor"), "does not let"),
+        (set_node(2, target="aten.add.out"), "does not let"),
+        (set_node(2, target="prims.as_strided.default"), "does not let"),
         (set_node(2, target="fxopt.from_the_future.default"), r"written by fxopt \S+; install"),
         (set_node(2, target="operator.mul", args=["a", 10**9]), "no number"),
         (set_node(2, args=[{"node": "add"}]), "does not stand before it"),
@@ -185,6 +204,35 @@ def test_hostile_graphs_are_refused(change, message, copied):
     edit_graph(copied, change)
     with pytest.raises(LoadError, match=message):
         read_folder(copied)
+
+
+@pytest.mark.parametrize(
+    ("start", "column"),
+    [([0, 1, 1], [1 << 28]), ([0, 1, 1], [-9]), ([0, 1 << 28, 1], [5]), ([9, 1, 1], [5])],
+)
+@pytest.mark.parametrize("rows", [2, 40])
+def test_places_outside_a_weight_are_not_touched(rows, start, column, tmp_path):
+    weights = {
+        "codes": torch.zeros(2, 16, dtype=torch.uint8),
+        "scale": torch.ones(2, 1),
+        "table": torch.zeros(16),
+        "start": torch.tensor(start).int(),
+        "column": torch.tensor(column).int(),
+        "value": torch.ones(1),
+    }
+
+    def build(graph, x, constants):
+        codes, scale, table, *outliers = constants
+        args = (x, codes, scale, None, None, "none", table, *outliers)
+        return graph.call_function(torch.ops.fxopt.linear_w4a16.default, args)
+
+    program = small_program(weights, build)
+    wide, result = (TensorSpec(name, (rows, n), torch.float32) for name, n in (("x", 32), ("y", 2)))
+    program.signature = dataclasses.replace(program.signature, inputs=(wide,), outputs=(result,))
+    save(tmp_path / "m", program, config={}, report={})
+    model = fxopt.load(tmp_path / "m")
+    with pytest.raises(KernelError, match="outlier_"):
+        model.run_flat([torch.randn(rows, 32)])
 
 
 def test_names_of_weights_cannot_carry_code(copied):

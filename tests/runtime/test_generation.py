@@ -238,6 +238,54 @@ def test_an_encoder_decoder_without_cache_generates():
     assert torch.equal(tokens, expected)
 
 
+@torch.no_grad()
+def test_what_was_encoded_is_what_the_decoder_is_given():
+    model, optimized = pair("t5")
+    ids, tokens = torch.randint(3, 99, (2, 9)), torch.randint(3, 99, (2, 3))
+    full = torch.ones_like(ids)
+    part = full.clone()
+    part[:, 4:] = 0
+
+    def decode(of, encoded_with, mask, edit=lambda state: state):
+        source = of.get_encoder()(input_ids=ids, attention_mask=encoded_with)
+        source.last_hidden_state = edit(source.last_hidden_state)
+        return of(encoder_outputs=source, attention_mask=mask, decoder_input_ids=tokens).logits
+
+    for mask in (full, part):
+        assert close(decode(optimized, mask, mask), decode(model, mask, mask))
+        assert close(decode(optimized, mask, mask.bool()), decode(model, mask, mask))
+    assert close(decode(optimized, full, None), decode(model, full, None))
+    with pytest.raises(InputError, match="attention_mask is not the one .* computed with"):
+        decode(optimized, full, part)
+    for edit in (lambda state: state * 2, lambda state: state.mul_(2), lambda state: state[:1]):
+        with pytest.raises(InputError, match="is not what the encoder returned"):
+            decode(optimized, full, full, edit)
+    source = optimized.get_encoder()(input_ids=ids)
+    with pytest.raises(InputError, match="'decoder_input_ids' .*torch.float32"):
+        optimized(encoder_outputs=source, decoder_input_ids=tokens.float())
+    with pytest.raises(InputError, match="encoder_outputs is a tuple"):
+        optimized(encoder_outputs=(source.last_hidden_state,), decoder_input_ids=tokens)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@torch.no_grad()
+def test_autocast_changes_nothing(name):
+    optimized = pair(name)[1]
+    ids = torch.randint(3, 99, (2, 6))
+    extra = {"decoder_input_ids": ids[:, :3]} if name == "t5" else {}
+
+    def results():
+        tokens = optimized.generate(ids, max_new_tokens=4, do_sample=False)
+        return optimized(input_ids=ids, **extra).logits, tokens
+
+    logits, tokens = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        again = results()
+    assert again[0].dtype == torch.float32
+    assert torch.equal(again[0], logits)
+    assert torch.equal(again[1], tokens)
+
+
 def test_masks_of_other_integer_dtypes_and_flags():
     _, optimized = pair("bert")
     ids = torch.randint(3, 99, (2, 5))
@@ -245,6 +293,8 @@ def test_masks_of_other_integer_dtypes_and_flags():
     expected = optimized(ids, mask.long()).last_hidden_state
     assert torch.equal(optimized(ids, mask.bool()).last_hidden_state, expected)
     assert torch.equal(optimized(ids, mask.int()).last_hidden_state, expected)
+    with pytest.raises(InputError, match="'input_ids' is passed by position and by keyword"):
+        optimized(ids, input_ids=ids)
     with pytest.raises(InputError, match="'output_router_logits'"):
         pair("mixtral")[1](ids, output_router_logits=True)
     with pytest.raises(fxopt.FxoptError, match="optimize it again"):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt.errors import InputError
+from fxopt.errors import InputError, LoweringError
 
 RECIPE = {"passes": ["canonicalize"], "lowering": {"speed_gate": False}}
 
@@ -71,6 +71,24 @@ def test_reading_an_optimized_model(capsys):
     assert optimized.byte_count() == 15 * 4
     assert "inputs=(" in repr(optimized)
     assert sorted(optimized.state_dict()) == ["bias", "weight"]
+
+
+def test_a_module_that_holds_an_optimized_model_has_its_state():
+    def parent() -> nn.Module:
+        body = fxopt.optimize(nn.Linear(4, 3), RECIPE, example_inputs=(torch.randn(2, 4),))
+        return nn.ModuleDict({"body": body, "head": nn.Linear(3, 2)})
+
+    first, second = parent(), parent()
+    state = first.state_dict()
+    assert sorted(state) == ["body.bias", "body.weight", "head.bias", "head.weight"]
+    assert not any(value.requires_grad for value in state.values())
+    assert sorted(first["body"].state_dict(prefix="x.")) == ["x.bias", "x.weight"]
+    with pytest.raises(LoweringError, match="does not load another state dict"):
+        second.load_state_dict(state)
+    head = {name: value for name, value in state.items() if name.startswith("head")}
+    missing = second.load_state_dict(head, strict=False).missing_keys
+    assert sorted(missing) == ["body.bias", "body.weight"]
+    assert torch.equal(second["head"].weight, first["head"].weight)
 
 
 def test_inplace_frees_the_model():

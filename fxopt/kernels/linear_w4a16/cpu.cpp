@@ -194,6 +194,18 @@ void check_outliers(const std::optional<at::Tensor>& start, const std::optional<
               c10::toString(value->scalar_type()), " ", value->sizes());
 }
 
+// The kernels read and write at these places: a stored folder may hold any number here.
+void check_places(const int32_t* start, const int32_t* column, int64_t count, int64_t n,
+                  int64_t k) {
+  if (start == nullptr) return;
+  bool rises = start[0] == 0 && start[n] == count;
+  for (int64_t row = 0; row < n; ++row) rises &= start[row] <= start[row + 1];
+  FXOPT_CHECK(rises, "outlier_start must rise from 0 to the number of outliers, ", count);
+  uint32_t last = 0;  // as unsigned numbers the negative ones are the largest
+  for (int64_t i = 0; i < count; ++i) last = std::max(last, static_cast<uint32_t>(column[i]));
+  FXOPT_CHECK(count == 0 || last < k, "outlier_column must lie in [0, K) with K = ", k);
+}
+
 at::Tensor contiguous_or_none(const std::optional<at::Tensor>& value) {
   return value.has_value() ? value->contiguous() : at::Tensor();
 }
@@ -224,6 +236,8 @@ at::Tensor linear_w4a16(const at::Tensor& x, const at::Tensor& codes, const at::
   const at::Tensor start = contiguous_or_none(outlier_start);
   const at::Tensor column = contiguous_or_none(outlier_column);
   const at::Tensor added = contiguous_or_none(outlier_value);
+  check_places(data_or_null<int32_t>(start), data_or_null<int32_t>(column),
+               column.defined() ? column.numel() : 0, n, x.size(-1));
   const CodeRows rows{packed.const_data_ptr<uint8_t>(),
                       values.const_data_ptr<float>(),
                       scales.const_data_ptr<float>(),

@@ -9,8 +9,8 @@ Two's complement is the table 0, 1, ... 7, -8, ... -1; nf4 and learned codebooks
 Shapes:
     x [..., K] floating; codes [N, ceil(K / 2)] uint8, the lower four bits first; scale [N, G]
     float32 with K divisible by G; zero_point [N, G] int8, or None; bias [N], or None; activation
-    one of fxopt.kernels.ACTIVATIONS; table [16] float32; outlier_start [N + 1] int32,
-    outlier_column and outlier_value [outliers] int32 and float32, or all None
+    one of fxopt.kernels.ACTIVATIONS; table [16] float32; outlier_start [N + 1] int32, rising from 0,
+    outlier_column (below K) and outlier_value [outliers] int32 and float32, or all None
     -> y [..., N] of x's dtype.
 """
 
@@ -77,6 +77,16 @@ def _check_outliers(
         )
 
 
+def _check_places(start: Tensor, column: Tensor, k: int) -> None:
+    # Not in `_check_outliers`: a fake tensor has no values.
+    count = column.numel()
+    bounds = start.flatten()
+    if int(bounds[0]) != 0 or int(bounds[-1]) != count or bool((bounds.diff() < 0).any()):
+        raise KernelError(f"outlier_start must rise from 0 to the number of outliers, {count}")
+    if bool(((column < 0) | (column >= k)).any()):
+        raise KernelError(f"outlier_column must lie in [0, K) with K = {k}")
+
+
 @register_reference(
     "linear_w4a16(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias, "
     "str activation, Tensor table, Tensor? outlier_start, Tensor? outlier_column, "
@@ -109,6 +119,7 @@ def linear_w4a16(
         values = values - zero_point[..., None]
     weight = (values * scale[..., None]).flatten(1).to(dtype)
     if outlier_start is not None and outlier_column is not None and outlier_value is not None:
+        _check_places(outlier_start, outlier_column, k)
         rows = torch.repeat_interleave(torch.arange(n, device=x.device), outlier_start.diff())
         places = (rows, outlier_column.long())
         weight = weight.index_put(places, outlier_value.to(dtype), accumulate=True)
