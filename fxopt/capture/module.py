@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fxopt.capture.check import Comparison, compare_outputs
-from fxopt.capture.export import dimensions, export_flat, readable_dimensions
+from fxopt.capture.export import dimensions, evaluation_mode, export_flat, readable_dimensions
 from fxopt.capture.model_check import refuse_nan_inputs
 from fxopt.capture.tensors import take_cyclic
 from fxopt.errors import CaptureError, InputError
@@ -28,7 +28,8 @@ def capture_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         InputError: the module does not run on the example.
         CaptureError: it cannot be exported, or its graph differs from it.
     """
-    return _ModuleCapture(module, args, kwargs).run()
+    with evaluation_mode(module):
+        return _ModuleCapture(module, args, kwargs).run()
 
 
 class _ModuleCapture:
@@ -80,13 +81,7 @@ class _ModuleCapture:
 
     @torch.no_grad()
     def _eager(self, tensors: list[Tensor]) -> list[Tensor]:
-        training = {child: child.training for child in self.module.modules()}
-        self.module.eval()
-        try:
-            return self._call(self.module, [tensor.clone() for tensor in tensors])
-        finally:
-            for child, mode in training.items():
-                child.training = mode
+        return self._call(self.module, [tensor.clone() for tensor in tensors])
 
     def _enlarged(self) -> list[Tensor]:
         for axes in ((0, 1), (0,), ()):

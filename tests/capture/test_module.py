@@ -42,6 +42,17 @@ def test_encoder_layers_are_captured_operator_by_operator(norm_first):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_an_encoder_with_padding_is_captured_as_it_is_made_by_default():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    example = {"src": torch.randn(2, 5, 32), "src_key_padding_mask": padding}
+    program = capture_program(nn.TransformerEncoder(layer, 2), example)
+    assert [spec.shape for spec in program.signature.inputs] == [
+        ("batch", "dim1", 32),
+        ("batch", "dim1"),
+    ]
+
+
 def test_multihead_attention_with_and_without_weights():
     attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
     x = torch.randn(2, 5, 32)
