@@ -162,7 +162,29 @@ def _clean(
     _flatten_calling_convention(graph, names)
     _record_module_paths(graph)
     graph.eliminate_dead_code(has_effect)
+    _refuse_state(graph)
     return _adopt_weights(traced, module)
+
+
+def _refuse_state(graph: Graph) -> None:
+    for node in graph.nodes:
+        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            written = _viewed(node)
+            if written.op == "get_attr":
+                raise CaptureError(
+                    f"the model writes to its own tensor {written.target!r} ({node.target}); a "
+                    "program holds no state. Return the new value as an output."
+                )
+
+
+def _viewed(node: Node) -> Node:
+    """The tensor whose memory a node returns."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+        if not returns or returns[0].alias_info is None:
+            break
+        node = node.args[0]
+    return node
 
 
 def _inline_regions(traced: GraphModule) -> None:

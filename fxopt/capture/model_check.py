@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fxopt.errors import InputError, ModelError
+from fxopt.errors import CaptureError, InputError, ModelError
 
 
 def refuse_broken_model(model: object) -> None:
@@ -36,6 +36,19 @@ def refuse_broken_model(model: object) -> None:
                 f"buffer {name!r} {list(buffer.shape)} {buffer.dtype} holds NaN values. "
                 "The checkpoint is damaged or training diverged; nothing was changed."
             )
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Check that a model is Python that can be traced.
+
+    Raises:
+        CaptureError: it is TorchScript.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"asked to capture a {type(model).__name__}: TorchScript is compiled already, there is "
+            "no Python in it to capture. Pass the module that it was made from."
+        )
 
 
 def refuse_nan_inputs(names: Iterable[str], tensors: Iterable[Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from fxopt.capture.check import Comparison, compare_outputs
 from fxopt.capture.export import dimensions, evaluation_mode, export_flat, readable_dimensions
 from fxopt.capture.model_check import refuse_nan_inputs
+from fxopt.capture.originals import left_as_it_was
 from fxopt.capture.tensors import take_cyclic
 from fxopt.errors import CaptureError, InputError
 from fxopt.ir.program import Program
@@ -28,7 +29,7 @@ def capture_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         InputError: the module does not run on the example.
         CaptureError: it cannot be exported, or its graph differs from it.
     """
-    with evaluation_mode(module):
+    with left_as_it_was(module), evaluation_mode(module):
         return _ModuleCapture(module, args, kwargs).run()
 
 

@@ -28,6 +28,7 @@ from fxopt.capture.inputs import (
     InputFactory,
     Sizes,
 )
+from fxopt.capture.originals import left_as_it_was
 from fxopt.errors import CaptureError, InputError
 from fxopt.ir.program import Program
 from fxopt.ir.signature import CacheSpec, Signature, TensorSpec
@@ -52,7 +53,7 @@ def capture_pretrained(model: PreTrainedModel, tensors: dict[str, Tensor] | None
         InputError: no inputs were given and none could be made up.
         CaptureError: the model cannot be exported, or its graph differs from it.
     """
-    with evaluation_mode(model):
+    with left_as_it_was(model), evaluation_mode(model):
         return _capture(model, tensors)
 
 
