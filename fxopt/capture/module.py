@@ -22,8 +22,9 @@ from fxopt.ir.structure import Structure, flatten, leaf_names, unflatten
 def capture_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """Capture a module and check the graph against it at several sizes.
 
-    Every dimension that the module itself does not fix may vary afterwards. An axis of size one
-    in the example is tried at size two first, since an export would fix it.
+    Every dimension that the module itself does not fix may vary afterwards. An axis along which
+    every input of the example has size one is tried at size two first, since an export would
+    fix it.
 
     Raises:
         InputError: the module does not run on the example.
@@ -72,6 +73,7 @@ class _ModuleCapture:
         )
         program = Program(graph_module, signature, aliases=aliases)
         self._check(program, flat)
+        self._refuse_own_example(program.signature)
         return program
 
     def _call(self, function: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
@@ -86,7 +88,7 @@ class _ModuleCapture:
 
     def _enlarged(self) -> list[Tensor]:
         for axes in ((0, 1), (0,), ()):
-            flat = [_at_least_two(tensor, axes) for tensor in self.leaves]
+            flat = _at_least_two(self.leaves, axes)
             try:
                 self._eager(flat)
             except Exception as error:
@@ -126,6 +128,15 @@ class _ModuleCapture:
             f"error {max(comparison.error for comparison in done):.2g} of the output's rms"
         )
 
+    def _refuse_own_example(self, signature: Signature) -> None:
+        try:
+            signature.check(self.leaves)
+        except InputError as error:
+            raise CaptureError(
+                f"the graph of {type(self.module).__name__} does not take its own example_inputs "
+                f"{_shapes(self.names, self.leaves)}: {error}"
+            ) from error
+
 
 def _spec(name: str, node: Node, symbols: dict[str, str]) -> TensorSpec:
     value = node.meta["val"]
@@ -142,11 +153,15 @@ def _unique_names(structure: Structure) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
 
-def _at_least_two(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+def _at_least_two(tensors: list[Tensor], axes: tuple[int, ...]) -> list[Tensor]:
+    """The example without axes of size one, which an export would fix.
+
+    Where another input is longer, an axis of size one is there to be broadcast, and stays.
+    """
     for axis in axes:
-        if axis < tensor.dim() and tensor.shape[axis] == 1:
-            tensor = take_cyclic(tensor, axis, 2)
-    return tensor.detach().clone().contiguous()
+        if all(t.shape[axis] == 1 for t in tensors if axis < t.dim()):
+            tensors = [take_cyclic(t, axis, 2) if axis < t.dim() else t for t in tensors]
+    return [tensor.detach().clone().contiguous() for tensor in tensors]
 
 
 def _resized(graph: Graph, flat: list[Tensor], change: int | None) -> list[Tensor]:

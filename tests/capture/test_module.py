@@ -67,6 +67,27 @@ def test_a_batch_of_one_does_not_fix_the_batch():
     assert program.graph_module(torch.randn(7, 4))[0].shape == (7, 3)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        (((2, 5, 4), (1, 5, 4)), [("batch", "dim1", "dim2"), (1, "dim1", "dim2")]),
+        (((1, 5, 4), (1, 5, 4)), [("batch", "dim1", "dim2"), ("batch", "dim1", "dim2")]),
+        (((2, 5, 4), (1, 1, 4)), [("batch", "dim1", "dim2"), (1, 1, "dim2")]),
+        (((3, 4), (1,)), [("batch", "dim1"), (1,)]),
+    ],
+)
+def test_an_input_that_is_broadcast_in_the_example_stays_so(shapes, expected):
+    class Add(nn.Module):
+        def forward(self, x, position):
+            return x + position
+
+    example = tuple(torch.randn(shape) for shape in shapes)
+    program = capture_program(Add(), example)
+    assert [spec.shape for spec in program.signature.inputs] == expected
+    program.signature.check(list(example))
+    assert torch.equal(program.graph_module(*example)[0], example[0] + example[1])
+
+
 def test_shared_weights_are_held_once():
     class Shared(nn.Module):
         def __init__(self) -> None:
