@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from fxopt.capture.model_check import refuse_broken_model, refuse_nan_inputs, refuse_scripted
 from fxopt.capture.module import capture_module, split_example
-from fxopt.capture.pretrained import capture_pretrained, keyword_tensors
+from fxopt.capture.pretrained import capture_pretrained
+from fxopt.capture.tensors import keyword_tensors
 from fxopt.errors import InputError
 from fxopt.ir.program import Program
 

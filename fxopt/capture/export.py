@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from fxopt.capture.ranges import SizeFacts, size_facts
 from fxopt.errors import CaptureError
 from fxopt.ir.program import CONSTANTS, WeightTree, assign_weight, has_effect
 from fxopt.ir.signature import Dimension
 
 aten = torch.ops.aten
 
-# They state facts about the example, or about training, that the signature states better.
+# They state facts about the example, or about training; what they say of sizes is in SizeFacts.
 _ASSERTIONS = (
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
@@ -41,7 +42,7 @@ def export_flat(
     forward: Callable[..., list[Tensor]],
     tensors: dict[str, Tensor],
     dynamic: dict[str, list[int]] | None = None,
-) -> tuple[GraphModule, dict[str, str]]:
+) -> tuple[GraphModule, dict[str, str], SizeFacts]:
     """Export `forward(*tensors)` with `module`'s weights under their own names.
 
     `dynamic` names the axes of each input that may vary; without it every axis may, and
@@ -49,7 +50,8 @@ def export_flat(
     returns flat tensors.
 
     Returns:
-        the graph module, and the names of tied weights mapped to the name they are held under.
+        the graph module, the names of tied weights mapped to the name they are held under, and
+        what holds for the sizes.
 
     Raises:
         CaptureError: torch.export refused the model.
@@ -82,8 +84,9 @@ def export_flat(
         raise CaptureError(_explain(error.__cause__ or error)) from error.__cause__
     except Exception as error:
         raise CaptureError(_explain(error)) from error
+    facts = size_facts(exported)
     traced: Any = exported.module(check_guards=False)
-    return _clean(traced, list(tensors), module)
+    return *_clean(traced, list(tensors), module), facts
 
 
 class _ModelError(Exception):
