@@ -173,6 +173,38 @@ def test_windows_of_every_size_are_told_from_plain_causal(window):
     assert _recognize(masking_utils.bidirectional_mask_function, None) == (False, None)
 
 
+@pytest.mark.parametrize("window", [7, 69, 160, 1024, 4096, 100_000])
+def test_a_window_that_is_not_told_is_not_taken_for_everything(window):
+    causal = masking_utils.sliding_window_causal_mask_function(window)
+    assert _recognize(causal, None) is None
+    around = masking_utils.sliding_window_bidirectional_mask_function(window)
+    assert _recognize(around, None) is None
+
+
+def test_a_mask_function_of_the_models_own_is_an_explicit_mask():
+    class Windowed(hf.BertModel):
+        def _create_attention_masks(self, attention_mask, embedding_output, **kwargs):
+            window = masking_utils.sliding_window_bidirectional_overlay(160)
+            made = masking_utils.create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=embedding_output,
+                attention_mask=attention_mask,
+                and_mask_function=window,
+            )
+            return made, None
+
+    config = hf.BertConfig(**{**BASE, "max_position_embeddings": 512})
+    model = Windowed(config).eval()
+    program = capture_program(model)
+    assert all(argument(node, "mask") is not None for node in attentions(program))
+    ids = torch.randint(3, 90, (1, 400))
+    ones = torch.ones_like(ids)
+    known = {"input_ids": ids, "token_type_ids": ones * 0, "attention_mask": ones}
+    known["position_ids"] = torch.arange(400)[None]
+    got = program.graph_module(*(known[spec.name] for spec in program.signature.inputs))
+    assert torch.allclose(got[0], model(ids).last_hidden_state, atol=1e-5)
+
+
 def test_a_model_in_training_mode_is_captured_as_it_runs_at_inference():
     torch.manual_seed(0)
     model = hf.BertModel(hf.BertConfig(**BASE)).train()
