@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
@@ -142,7 +143,7 @@ def _explain(error: BaseException) -> str:
     )
     advice = (
         "The model branches on the values of a tensor. Replace the Python `if`/loop by "
-        "torch.where, torch.cond or a mask, or wrap the part without the branch."
+        "torch.where or a mask, or wrap the part without the branch."
         if data_dependent
         else "Check that model(**inputs) runs, that its Python control flow does not depend on "
         "tensor values, and that it calls torch operators only."
@@ -159,6 +160,7 @@ def _clean(
 ) -> tuple[GraphModule, dict[str, str]]:
     graph = traced.graph
     _inline_regions(traced)
+    _refuse_higher_order(graph)
     for node in list(graph.nodes):
         if node.op == "call_module" or node.target in _ASSERTIONS:
             graph.erase_node(node)
@@ -167,6 +169,16 @@ def _clean(
     graph.eliminate_dead_code(has_effect)
     _refuse_state(graph)
     return _adopt_weights(traced, module)
+
+
+def _refuse_higher_order(graph: Graph) -> None:
+    for node in graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            raise CaptureError(
+                f"the model calls {node.target} (torch.cond, a scan, vmap and their like), which "
+                "keeps a graph inside the graph that no pass could look into. Compute it by "
+                "ordinary operators: torch.where, a mask, broadcasting."
+            )
 
 
 def _refuse_state(graph: Graph) -> None:

@@ -132,10 +132,19 @@ class Branching(nn.Module):
 
 def test_data_dependent_control_flow():
     module = Branching().train()
-    with pytest.raises(CaptureError, match="branches on the values of a tensor"):
+    with pytest.raises(CaptureError, match="branches on the values.* torch.where or a mask"):
         capture_program(module, (torch.randn(2, 4),))
     assert module.training
     assert "forward" not in module.__dict__
+
+
+def test_an_operator_of_higher_order_is_named():
+    class Cond(Branching):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, self.linear, torch.clone, (x,))
+
+    with pytest.raises(CaptureError, match="calls cond .*ordinary operators"):
+        capture_program(Cond(), (torch.randn(2, 4),))
 
 
 def test_unknown_containers_are_refused():
