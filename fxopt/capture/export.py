@@ -57,12 +57,15 @@ def export_flat(
     Raises:
         CaptureError: torch.export refused the model.
     """
+    counts: list[int] = []
 
     def flat_forward(*args: Tensor) -> list[Tensor]:
         try:
-            return forward(*args)
+            results = forward(*args)
         except Exception as error:
             raise _ModelError from error
+        counts.append(len(results))
+        return results
 
     shapes = [
         dict.fromkeys(
@@ -85,6 +88,11 @@ def export_flat(
         raise CaptureError(_explain(error.__cause__ or error)) from error.__cause__
     except Exception as error:
         raise CaptureError(_explain(error)) from error
+    if len(exported.graph_signature.user_outputs) != counts[-1]:
+        raise CaptureError(
+            f"a forward hook on {type(module).__name__} itself changes what it returns, which a "
+            "capture cannot follow. Remove the hook, or put its work into forward."
+        )
     facts = size_facts(exported)
     traced: Any = exported.module(check_guards=False)
     return *_clean(traced, list(tensors), module), facts

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxopt.errors import CaptureError, InputError, ModelError
 
@@ -12,12 +13,15 @@ def refuse_broken_model(model: object) -> None:
     """Check that `model` is a module whose weights are there and finite.
 
     Raises:
-        ModelError: it is not a module, a weight is on the meta device, NaN or infinite.
+        ModelError: it is not a module, a weight is on the meta device, sparse, lazy, NaN or
+            infinite.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"asked to optimize a {type(model).__name__}; fxopt takes an nn.Module or an HF model."
         )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        _refuse_form(name, tensor)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ModelError(
@@ -25,7 +29,7 @@ def refuse_broken_model(model: object) -> None:
                 "Load the checkpoint before optimizing."
             )
         if parameter.is_floating_point() and not _all_finite(parameter):
-            kind = "NaN" if bool(torch.isnan(parameter).any()) else "infinite"
+            kind = "NaN" if bool(torch.isnan(parameter.float()).any()) else "infinite"
             raise ModelError(
                 f"weight {name!r} {list(parameter.shape)} {parameter.dtype} holds {kind} values. "
                 "The checkpoint is damaged or training diverged; nothing was changed."
@@ -65,10 +69,25 @@ def refuse_nan_inputs(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
             )
 
 
+def _refuse_form(name: str, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise ModelError(
+            f"weight {name!r} has no shape yet: it belongs to a lazy module. Run the model once "
+            "before optimizing."
+        )
+    if tensor.layout is not torch.strided:
+        raise ModelError(
+            f"weight {name!r} {list(tensor.shape)} is stored as {tensor.layout}; fxopt takes dense "
+            "weights. Convert it with .to_dense() before optimizing."
+        )
+
+
 @torch.no_grad()
 def _all_finite(parameter: torch.Tensor) -> bool:
     # min and max carry NaN and infinity through without a mask as large as the weight.
     if parameter.numel() == 0:
         return True
+    if parameter.element_size() == 1:
+        parameter = parameter.float()  # numbers of 8 bits can be stored and converted, no more
     low, high = torch.aminmax(parameter)
     return bool(torch.isfinite(low) & torch.isfinite(high))

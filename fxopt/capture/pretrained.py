@@ -13,7 +13,7 @@ from transformers.exporters.utils import apply_patches
 
 from fxopt.capture.attention import IMPLEMENTATION, attention_implementation
 from fxopt.capture.cache import cache_from_tensors, tensors_from_cache
-from fxopt.capture.check import Comparison, compare_outputs
+from fxopt.capture.check import Comparison, compare_outputs, refuse_other_count
 from fxopt.capture.export import (
     dimensions,
     evaluation_mode,
@@ -261,6 +261,7 @@ class _PretrainedCapture:
                     "(a loop over the sequence, perhaps) was fixed to the example's size."
                 ) from error
         specs = program.signature.outputs
+        refuse_other_count(description, got, expected)
         kept = [self._visible(spec, t, example) for spec, t in zip(specs, expected, strict=True)]
         return compare_outputs(
             description,

@@ -45,9 +45,15 @@ def keyword_tensors(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     """Bind example inputs to the parameter names of the model's forward.
 
     Raises:
-        InputError: an example is not a tensor.
+        InputError: an example is not a tensor, or there are more than forward takes.
     """
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    try:
+        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        raise InputError(
+            f"example_inputs do not fit the forward of {type(model).__name__}: {error}. Pass a "
+            "dict of keyword arguments."
+        ) from error
     extra = bound.pop("kwargs", {})
     tensors = {**bound, **extra}
     for name, value in tensors.items():

@@ -138,6 +138,13 @@ def test_data_dependent_control_flow():
     assert "forward" not in module.__dict__
 
 
+def test_a_hook_that_changes_the_result_is_refused():
+    module = nn.Sequential(nn.Linear(4, 4))
+    module.register_forward_hook(lambda module, args, result: result * 2)
+    with pytest.raises(CaptureError, match="forward hook on Sequential itself"):
+        capture_program(module, (torch.randn(2, 4),))
+
+
 def test_an_operator_of_higher_order_is_named():
     class Cond(Branching):
         def forward(self, x):

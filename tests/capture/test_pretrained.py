@@ -119,6 +119,27 @@ def test_example_inputs_decide_what_is_captured():
     assert "input_ids" in {spec.name for spec in program.signature.inputs}
     with pytest.raises(InputError, match="'input_ids' is a str"):
         capture_program(model, {"input_ids": "hello"})
+    with pytest.raises(InputError, match="do not fit the forward of BertModel: too many"):
+        capture_program(model, (torch.ones(1, 4, dtype=torch.long),) * 30)
+
+
+def test_attention_maps_are_captured_from_plain_operators():
+    config = hf.LlamaConfig(**GROUPED, attn_implementation="eager", output_attentions=True)
+    program = capture_program(hf.LlamaForCausalLM(config).eval())
+    assert "attentions.0" in {spec.name for spec in program.signature.outputs}
+    assert not attentions(program)
+
+
+def test_a_model_that_fails_with_a_cache_is_captured_without_one():
+    class Cacheless(hf.LlamaForCausalLM):
+        def forward(self, input_ids, use_cache=False, past_key_values=None, **kwargs):
+            if use_cache:
+                raise ValueError("no cache here")
+            return super().forward(input_ids, use_cache=False, **kwargs)
+
+    program = capture_program(Cacheless(hf.LlamaConfig(**GROUPED)).eval())
+    assert program.signature.cache is None
+    assert any("no cache here" in note for note in program.notes)
 
 
 def test_a_graph_that_is_not_the_model_is_refused():
@@ -140,6 +161,33 @@ def test_broken_weights_are_refused(value, word):
         model.encoder.layer[1].output.dense.weight[3, 3] = value
     with pytest.raises(ModelError, match=f"output.dense.weight.*{word}"):
         capture_program(model)
+
+
+def test_weights_in_a_form_that_cannot_be_taken_are_refused():
+    with pytest.raises(ModelError, match="lazy module. Run the model once"):
+        capture_program(nn.LazyLinear(4), (torch.randn(2, 4),))
+    sparse = nn.Linear(4, 4)
+    sparse.weight = nn.Parameter(sparse.weight.detach().to_sparse(), requires_grad=False)
+    with pytest.raises(ModelError, match="'weight'.*sparse_coo.*to_dense"):
+        capture_program(sparse, (torch.randn(2, 4),))
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_weights_of_eight_bits_are_looked_at_too(value):
+    class Eight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = torch.full((4, 4), value).to(torch.float8_e4m3fn)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.weight.to(x.dtype)
+
+    if value == value:
+        assert capture_program(Eight(), (torch.randn(2, 4),)).weights()
+        return
+    with pytest.raises(ModelError, match="holds NaN"):
+        capture_program(Eight(), (torch.randn(2, 4),))
 
 
 def test_things_that_are_not_models_are_refused():
