@@ -45,7 +45,7 @@ def capture_module(
         result = type(module).forward(module, *args)
         return [result] if isinstance(result, Tensor) else list(result)
 
-    graph_module, aliases = export_flat(
+    graph_module, aliases, _ = export_flat(
         module, forward, dict(zip(names, tensors, strict=True)), axes
     )
     signature = Signature(

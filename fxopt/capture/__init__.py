@@ -5,9 +5,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from fxopt.capture.model_check import refuse_broken_model, refuse_nan_inputs
+from fxopt.capture.model_check import refuse_broken_model, refuse_nan_inputs, refuse_scripted
 from fxopt.capture.module import capture_module, split_example
-from fxopt.capture.pretrained import capture_pretrained, keyword_tensors
+from fxopt.capture.pretrained import capture_pretrained
+from fxopt.capture.tensors import keyword_tensors
 from fxopt.errors import InputError
 from fxopt.ir.program import Program
 
@@ -27,6 +28,7 @@ def capture_program(model: nn.Module, example_inputs: Any = None) -> Program:
         CaptureError: the model cannot be captured, or its graph differs from it.
     """
     refuse_broken_model(model)
+    refuse_scripted(model)
     if isinstance(model, PreTrainedModel):
         tensors = None
         if example_inputs is not None:

@@ -23,6 +23,8 @@ from fxopt.errors import CaptureError
 from fxopt.ir.operators import ACTIVATIONS, activate
 
 IMPLEMENTATION = "fxopt"
+# Where a mask that names no window is looked at; no model has a wider window than the last.
+_FAR = tuple(1 << power for power in range(3, 21))
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ def build_mask(
     if kind is None or not (aligned or kind == (False, None)):
         kwargs.pop("allow_is_causal_skip", None)
         kwargs.pop("allow_is_bidirectional_skip", None)
+        # vmap, which transformers asks for where a model brings a function of its own, would stay
+        # in the graph as an operator of higher order; functions of positions need none.
+        kwargs["use_vmap"] = False
         explicit = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -94,8 +99,9 @@ def _recognize_on_grid(
 ) -> tuple[bool, int | None] | None:
     windows = [None] if local_size is None else [None, local_size, local_size + 1]
     # Positions around every edge that a window or a chunk can have tell the kinds apart; a full
-    # grid would be quadratic in the window.
-    edges = [0, 64] if local_size is None else [0, local_size, 2 * local_size, 3 * local_size]
+    # grid would be quadratic in the window. A window that is not told may have any size: each
+    # is left by some pair of positions that are powers of two apart.
+    edges = [0, *_FAR] if local_size is None else [n * local_size for n in range(4)]
     position = torch.tensor(sorted({e + d for e in edges for d in range(-2, 5) if e + d >= 0}))
     queries, keys = position[:, None], position[None, :]
     zero = torch.zeros((), dtype=torch.long)

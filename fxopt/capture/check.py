@@ -34,11 +34,7 @@ def compare_outputs(
     Raises:
         CaptureError: count, shape, dtype or values differ; the message says which output.
     """
-    if len(graph) != len(model):
-        raise CaptureError(
-            f"capture check at {description}: the graph returns {len(graph)} tensors, the model "
-            f"{len(model)}."
-        )
+    refuse_other_count(description, graph, model)
     worst, equal = 0.0, True
     for name, ours, theirs in zip(names, graph, model, strict=True):
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
@@ -58,6 +54,20 @@ def compare_outputs(
             )
         worst = max(worst, error)
     return Comparison(description, worst, equal)
+
+
+def refuse_other_count(description: str, graph: list[Tensor], model: list[Tensor]) -> None:
+    """Check that graph and model return equally many tensors.
+
+    Raises:
+        CaptureError: they do not.
+    """
+    if len(graph) != len(model):
+        raise CaptureError(
+            f"capture check at {description}: the graph returns {len(graph)} tensors, the model "
+            f"{len(model)}. Leave out flags (output_attentions, output_hidden_states) and forward "
+            "hooks that change what it returns."
+        )
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

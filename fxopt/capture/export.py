@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from fxopt.capture.ranges import SizeFacts, size_facts
 from fxopt.errors import CaptureError
 from fxopt.ir.program import CONSTANTS, WeightTree, assign_weight, has_effect
 from fxopt.ir.signature import Dimension
 
 aten = torch.ops.aten
 
-# They state facts about the example, or about training, that the signature states better.
+# They state facts about the example, or about training; what they say of sizes is in SizeFacts.
 _ASSERTIONS = (
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
@@ -41,7 +43,7 @@ def export_flat(
     forward: Callable[..., list[Tensor]],
     tensors: dict[str, Tensor],
     dynamic: dict[str, list[int]] | None = None,
-) -> tuple[GraphModule, dict[str, str]]:
+) -> tuple[GraphModule, dict[str, str], SizeFacts]:
     """Export `forward(*tensors)` with `module`'s weights under their own names.
 
     `dynamic` names the axes of each input that may vary; without it every axis may, and
@@ -49,17 +51,21 @@ def export_flat(
     returns flat tensors.
 
     Returns:
-        the graph module, and the names of tied weights mapped to the name they are held under.
+        the graph module, the names of tied weights mapped to the name they are held under, and
+        what holds for the sizes.
 
     Raises:
         CaptureError: torch.export refused the model.
     """
+    counts: list[int] = []
 
     def flat_forward(*args: Tensor) -> list[Tensor]:
         try:
-            return forward(*args)
+            results = forward(*args)
         except Exception as error:
             raise _ModelError from error
+        counts.append(len(results))
+        return results
 
     shapes = [
         dict.fromkeys(
@@ -82,8 +88,14 @@ def export_flat(
         raise CaptureError(_explain(error.__cause__ or error)) from error.__cause__
     except Exception as error:
         raise CaptureError(_explain(error)) from error
+    if len(exported.graph_signature.user_outputs) != counts[-1]:
+        raise CaptureError(
+            f"a forward hook on {type(module).__name__} itself changes what it returns, which a "
+            "capture cannot follow. Remove the hook, or put its work into forward."
+        )
+    facts = size_facts(exported)
     traced: Any = exported.module(check_guards=False)
-    return _clean(traced, list(tensors), module)
+    return *_clean(traced, list(tensors), module), facts
 
 
 class _ModelError(Exception):
@@ -139,7 +151,7 @@ def _explain(error: BaseException) -> str:
     )
     advice = (
         "The model branches on the values of a tensor. Replace the Python `if`/loop by "
-        "torch.where, torch.cond or a mask, or wrap the part without the branch."
+        "torch.where or a mask, or wrap the part without the branch."
         if data_dependent
         else "Check that model(**inputs) runs, that its Python control flow does not depend on "
         "tensor values, and that it calls torch operators only."
@@ -156,13 +168,46 @@ def _clean(
 ) -> tuple[GraphModule, dict[str, str]]:
     graph = traced.graph
     _inline_regions(traced)
+    _refuse_higher_order(graph)
     for node in list(graph.nodes):
         if node.op == "call_module" or node.target in _ASSERTIONS:
             graph.erase_node(node)
     _flatten_calling_convention(graph, names)
     _record_module_paths(graph)
     graph.eliminate_dead_code(has_effect)
+    _refuse_state(graph)
     return _adopt_weights(traced, module)
+
+
+def _refuse_higher_order(graph: Graph) -> None:
+    for node in graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            raise CaptureError(
+                f"the model calls {node.target} (torch.cond, a scan, vmap and their like), which "
+                "keeps a graph inside the graph that no pass could look into. Compute it by "
+                "ordinary operators: torch.where, a mask, broadcasting."
+            )
+
+
+def _refuse_state(graph: Graph) -> None:
+    for node in graph.nodes:
+        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            written = _viewed(node)
+            if written.op == "get_attr":
+                raise CaptureError(
+                    f"the model writes to its own tensor {written.target!r} ({node.target}); a "
+                    "program holds no state. Return the new value as an output."
+                )
+
+
+def _viewed(node: Node) -> Node:
+    """The tensor whose memory a node returns."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+        if not returns or returns[0].alias_info is None:
+            break
+        node = node.args[0]
+    return node
 
 
 def _inline_regions(traced: GraphModule) -> None:

@@ -319,8 +319,11 @@ class InputFactory:
             return "the model's forward takes no cache"
         if not getattr(self.model.config.get_text_config(decoder=True), "use_cache", True):
             return "config.use_cache is False"
-        with torch.no_grad():
-            output = self.model(**self.make(Sizes(2, 7)).tensors, use_cache=True)
+        try:
+            with torch.no_grad():
+                output = self.model(**self.make(Sizes(2, 7)).tensors, use_cache=True)
+        except Exception as error:
+            return f"with use_cache=True it raises {type(error).__name__}: {str(error)[:160]}"
         cache = returned_cache(output)
         if cache is None:
             return "the model returns no cache"

@@ -4,20 +4,24 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from fxopt.errors import InputError, ModelError
+from fxopt.errors import CaptureError, InputError, ModelError
 
 
 def refuse_broken_model(model: object) -> None:
     """Check that `model` is a module whose weights are there and finite.
 
     Raises:
-        ModelError: it is not a module, a weight is on the meta device, NaN or infinite.
+        ModelError: it is not a module, a weight is on the meta device, sparse, lazy, NaN or
+            infinite.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"asked to optimize a {type(model).__name__}; fxopt takes an nn.Module or an HF model."
         )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        _refuse_form(name, tensor)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ModelError(
@@ -38,6 +42,19 @@ def refuse_broken_model(model: object) -> None:
             )
 
 
+def refuse_scripted(model: nn.Module) -> None:
+    """Check that a model is Python that can be traced.
+
+    Raises:
+        CaptureError: it is TorchScript.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"asked to capture a {type(model).__name__}: TorchScript is compiled already, there is "
+            "no Python in it to capture. Pass the module that it was made from."
+        )
+
+
 def refuse_nan_inputs(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
     """Check example inputs: where NaN goes in, NaN comes out, and every comparison is empty.
 
@@ -54,7 +71,22 @@ def refuse_nan_inputs(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
 
 def _holds_nan(tensor: Tensor) -> bool:
     inexact = tensor.is_floating_point() or tensor.is_complex()
-    return inexact and bool(torch.isnan(tensor).any())
+    # Numbers of 8 bits can be stored and converted, no more.
+    wide = tensor.float() if inexact and tensor.element_size() == 1 else tensor
+    return inexact and bool(torch.isnan(wide).any())
+
+
+def _refuse_form(name: str, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise ModelError(
+            f"weight {name!r} has no shape yet: it belongs to a lazy module. Run the model once "
+            "before optimizing."
+        )
+    if tensor.layout is not torch.strided:
+        raise ModelError(
+            f"weight {name!r} {list(tensor.shape)} is stored as {tensor.layout}; fxopt takes dense "
+            "weights. Convert it with .to_dense() before optimizing."
+        )
 
 
 @torch.no_grad()
@@ -64,5 +96,7 @@ def _all_finite(parameter: torch.Tensor) -> bool:
         parameter = torch.view_as_real(parameter.resolve_conj())
     if parameter.numel() == 0 or not parameter.is_floating_point():
         return True
+    if parameter.element_size() == 1:
+        parameter = parameter.float()  # numbers of 8 bits can be stored and converted, no more
     low, high = torch.aminmax(parameter)
     return bool(torch.isfinite(low) & torch.isfinite(high))

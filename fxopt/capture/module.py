@@ -2,6 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fxopt.capture.check import Comparison, compare_outputs
-from fxopt.capture.export import dimensions, export_flat, readable_dimensions
+from fxopt.capture.export import dimensions, evaluation_mode, export_flat, readable_dimensions
 from fxopt.capture.model_check import refuse_nan_inputs
+from fxopt.capture.originals import left_as_it_was
+from fxopt.capture.ranges import size_ranges, without_disproved
 from fxopt.capture.tensors import take_cyclic
 from fxopt.errors import CaptureError, InputError
 from fxopt.ir.program import Program
@@ -21,14 +25,16 @@ from fxopt.ir.structure import Structure, flatten, leaf_names, unflatten
 def capture_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """Capture a module and check the graph against it at several sizes.
 
-    Every dimension that the module itself does not fix may vary afterwards. An axis of size one
-    in the example is tried at size two first, since an export would fix it.
+    Every dimension that the module itself does not fix may vary afterwards, as far as the graph
+    is the module. An axis along which every input of the example has size one is tried at size two
+    first, since an export would fix it.
 
     Raises:
         InputError: the module does not run on the example.
         CaptureError: it cannot be exported, or its graph differs from it.
     """
-    return _ModuleCapture(module, args, kwargs).run()
+    with left_as_it_was(module), evaluation_mode(module):
+        return _ModuleCapture(module, args, kwargs).run()
 
 
 class _ModuleCapture:
@@ -49,7 +55,7 @@ class _ModuleCapture:
 
     def run(self) -> Program:
         flat = self._enlarged()
-        graph_module, aliases = export_flat(
+        graph_module, aliases, facts = export_flat(
             self.module,
             lambda *tensors: self._call(self.module_forward, list(tensors)),
             dict(zip(self.names, flat, strict=True)),
@@ -67,9 +73,11 @@ class _ModuleCapture:
             input_structure=self.input_structure,
             output_structure=self.output_structure,
             parameters=tuple(inspect.signature(self.module_forward).parameters),
+            ranges=size_ranges(facts, graph, symbols),
         )
         program = Program(graph_module, signature, aliases=aliases)
         self._check(program, flat)
+        self._refuse_own_example(program.signature)
         return program
 
     def _call(self, function: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
@@ -80,17 +88,11 @@ class _ModuleCapture:
 
     @torch.no_grad()
     def _eager(self, tensors: list[Tensor]) -> list[Tensor]:
-        training = {child: child.training for child in self.module.modules()}
-        self.module.eval()
-        try:
-            return self._call(self.module, [tensor.clone() for tensor in tensors])
-        finally:
-            for child, mode in training.items():
-                child.training = mode
+        return self._call(self.module, [tensor.clone() for tensor in tensors])
 
     def _enlarged(self) -> list[Tensor]:
         for axes in ((0, 1), (0,), ()):
-            flat = [_at_least_two(tensor, axes) for tensor in self.leaves]
+            flat = _at_least_two(self.leaves, axes)
             try:
                 self._eager(flat)
             except CaptureError:
@@ -107,25 +109,24 @@ class _ModuleCapture:
 
     def _check(self, program: Program, flat: list[Tensor]) -> None:
         done: list[Comparison] = []
-        for sizes in (None, 3, 1, 5):
-            tensors = _resized(program.graph, flat, sizes)
+        checked: list[list[Tensor]] = []
+        for change in _CHANGES:
+            tensors = _resized(program.graph, flat, change)
             try:
                 expected = self._eager(tensors)
             except Exception:
                 continue  # the module itself does not take these sizes
-            label = _shapes(self.names, tensors)
             try:
-                with torch.no_grad():
-                    got = list(program.graph_module(*tensors))
-            except Exception as error:
-                raise CaptureError(
-                    f"capture check at {label}: the module runs and its graph fails with "
-                    f"{type(error).__name__}: {str(error)[:200]}. Python code of the module was "
-                    "fixed to the example's sizes or values."
-                ) from error
-            program.examples.append([tensor.clone() for tensor in tensors])
-            names = [spec.name for spec in program.signature.outputs]
-            done.append(compare_outputs(label, names, got, expected))
+                done.append(self._compare(program, tensors, expected))
+            except CaptureError:
+                if change is _same or program.signature.accepts(tensors):
+                    raise
+                continue  # the range is right: the graph is not the module there
+            checked.append(tensors)
+            if change is not _far:  # every pass is judged on the examples: small ones will do
+                program.examples.append([tensor.clone() for tensor in tensors])
+        ranges = without_disproved(program.signature, checked)
+        program.signature = replace(program.signature, ranges=ranges)
         exact = sum(comparison.bit_equal for comparison in done)
         program.examples[1:1] = self._varied(program, flat)
         program.notes.append(
@@ -140,7 +141,8 @@ class _ModuleCapture:
         rows differ, and sizes that may differ do.
         """
         for spread in (1, 0):
-            sizes = _resized(program.graph, flat, 2, spread)
+            moved = count(2, spread)
+            sizes = _resized(program.graph, flat, lambda size, _, moved=moved: size + next(moved))
             generator = torch.Generator().manual_seed(0)
             tensors = [_shuffled(tensor, generator) for tensor in sizes]
             try:
@@ -152,6 +154,31 @@ class _ModuleCapture:
             if not any(bool(torch.isnan(value).any()) for value in eager):
                 return [tensors]
         return []
+
+    def _compare(
+        self, program: Program, tensors: list[Tensor], expected: list[Tensor]
+    ) -> Comparison:
+        label = _shapes(self.names, tensors)
+        try:
+            with torch.no_grad():
+                got = list(program.graph_module(*tensors))
+        except Exception as error:
+            raise CaptureError(
+                f"capture check at {label}: the module runs and its graph fails with "
+                f"{type(error).__name__}: {str(error)[:200]}. Python code of the module was "
+                "fixed to the example's sizes or values."
+            ) from error
+        names = [spec.name for spec in program.signature.outputs]
+        return compare_outputs(label, names, got, expected)
+
+    def _refuse_own_example(self, signature: Signature) -> None:
+        try:
+            signature.check(self.leaves)
+        except InputError as error:
+            raise CaptureError(
+                f"the graph of {type(self.module).__name__} does not take its own example_inputs "
+                f"{_shapes(self.names, self.leaves)}: {error}"
+            ) from error
 
 
 def _shuffled(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -189,27 +216,53 @@ def _unique_names(structure: Structure) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
 
-def _at_least_two(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-    for axis in axes:
-        if axis < tensor.dim() and tensor.shape[axis] == 1:
-            tensor = take_cyclic(tensor, axis, 2)
-    return tensor.detach().clone().contiguous()
+def _at_least_two(tensors: list[Tensor], axes: tuple[int, ...]) -> list[Tensor]:
+    """The example without axes of size one, which an export would fix.
 
-
-def _resized(graph: Graph, flat: list[Tensor], change: int | None, spread: int = 0) -> list[Tensor]:
-    """The example with every dynamic dimension moved: to `change` more, or to one.
-
-    `spread`: how much further each dimension moves than the one before it.
+    Where another input is longer, an axis of size one is there to be broadcast, and stays.
     """
-    if change is None:
+    for axis in axes:
+        if all(t.shape[axis] == 1 for t in tensors if axis < t.dim()):
+            tensors = [take_cyclic(t, axis, 2) if axis < t.dim() else t for t in tensors]
+    return [tensor.detach().clone().contiguous() for tensor in tensors]
+
+
+def _far(size: int, is_batch: bool) -> int:
+    """Well past the example along everything but the batch, and still cheap."""
+    return min(size, 2) if is_batch else min(4 * size, size + 256)
+
+
+def _same(size: int, is_batch: bool) -> int:
+    del is_batch
+    return size
+
+
+# How the example's sizes are changed for a check of the graph: told a size, and whether it is
+# the first axis of an input while there are others.
+_Change = Callable[[int, bool], int]
+_CHANGES: tuple[_Change, ...] = (
+    _same,
+    lambda size, is_batch: size + 3,
+    lambda size, is_batch: 1,
+    lambda size, is_batch: size + 5,
+    _far,
+)
+
+
+def _resized(graph: Graph, flat: list[Tensor], change: _Change) -> list[Tensor]:
+    """The example with every dynamic dimension moved."""
+    if change is _same:
         return flat
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     sizes: dict[Any, int] = {}
+    first: set[Any] = set()
     for node, tensor in zip(placeholders, flat, strict=True):
-        for dimension, size in zip(node.meta["val"].shape, tensor.shape, strict=True):
+        for axis, dimension in enumerate(node.meta["val"].shape):
             if not isinstance(dimension, int) and dimension.node.expr.is_Symbol:
-                further = change + spread * len(sizes)
-                sizes.setdefault(dimension.node.expr, 1 if change == 1 else size + further)
+                sizes[dimension.node.expr] = tensor.shape[axis]
+                first |= {dimension.node.expr} if axis == 0 else set()
+    batch = first if sizes.keys() - first else set[Any]()
+    sizes = {symbol: change(size, symbol in batch) for symbol, size in sizes.items()}
     moved: list[Tensor] = []
     for node, tensor in zip(placeholders, flat, strict=True):
         for axis, dimension in enumerate(node.meta["val"].shape):

@@ -1,6 +1,7 @@
 """Capture an HF model: inputs found by themselves, its cache included."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.exporters.utils import apply_patches
 
 from fxopt.capture.attention import IMPLEMENTATION, attention_implementation
 from fxopt.capture.cache import cache_from_tensors, tensors_from_cache
-from fxopt.capture.check import Comparison, compare_outputs
+from fxopt.capture.check import Comparison, compare_outputs, refuse_other_count
 from fxopt.capture.export import (
     dimensions,
     evaluation_mode,
@@ -23,12 +24,13 @@ from fxopt.capture.inputs import (
     BATCH,
     CAPTURE_SIZES,
     PAST,
-    SEQUENCE,
     ExampleInputs,
     InputFactory,
     Sizes,
 )
-from fxopt.errors import CaptureError, InputError
+from fxopt.capture.originals import left_as_it_was
+from fxopt.capture.ranges import SizeFacts, size_ranges, without_disproved
+from fxopt.errors import CaptureError
 from fxopt.ir.program import Program
 from fxopt.ir.signature import CacheSpec, Signature, TensorSpec
 from fxopt.ir.structure import Structure, flatten, leaf_names
@@ -40,6 +42,7 @@ CHECK_SIZES = (
     Sizes(batch=1, sequence=13, past=0, source=5),
     Sizes(batch=2, sequence=1, past=0, source=1),
 )
+FAR_SIZES = Sizes(batch=1, sequence=40, past=0, source=40)
 
 
 def capture_pretrained(model: PreTrainedModel, tensors: dict[str, Tensor] | None) -> Program:
@@ -52,7 +55,7 @@ def capture_pretrained(model: PreTrainedModel, tensors: dict[str, Tensor] | None
         InputError: no inputs were given and none could be made up.
         CaptureError: the model cannot be exported, or its graph differs from it.
     """
-    with evaluation_mode(model):
+    with left_as_it_was(model), evaluation_mode(model):
         return _capture(model, tensors)
 
 
@@ -103,10 +106,10 @@ class _PretrainedCapture:
         ):
             wanted = dict(example.dimensions)
             wanted.update(dict.fromkeys(past, (BATCH, None, PAST, None)))
-            graph_module, aliases = export_flat(
+            graph_module, aliases, facts = export_flat(
                 self.model, self._forward(names), flat, dynamic_axes(wanted)
             )
-        signature = self._signature(graph_module, example, names, list(past))
+        signature = self._signature(graph_module, facts, example, names, list(past))
         program = Program(graph_module, signature, aliases=aliases)
         self._check(program)
         return program
@@ -136,7 +139,12 @@ class _PretrainedCapture:
         return leaves + (tensors_from_cache(cache) if cache is not None else [])
 
     def _signature(
-        self, graph_module: GraphModule, example: ExampleInputs, names: list[str], past: list[str]
+        self,
+        graph_module: GraphModule,
+        facts: SizeFacts,
+        example: ExampleInputs,
+        names: list[str],
+        past: list[str],
     ) -> Signature:
         graph = graph_module.graph
         wanted = dict(example.dimensions)
@@ -173,6 +181,7 @@ class _PretrainedCapture:
             parameters=tuple(self.factory.parameters),
             cache=CacheSpec(layers) if layers else None,
             step_inputs=tuple(steps) if self.factory.encoder_decoder else (),
+            ranges=size_ranges(facts, graph, symbols),
         )
 
     def _drop_ignored(self, graph: Graph) -> tuple[str, ...]:
@@ -207,12 +216,29 @@ class _PretrainedCapture:
             padded = self._pad(example)
             if padded:
                 comparisons.append(self._compare(program, example, sizes, "padded"))
+        ranges = without_disproved(program.signature, program.examples)
+        program.signature = replace(program.signature, ranges=ranges)
+        comparisons += self._far(program)
         exact = sum(comparison.bit_equal for comparison in comparisons)
         worst = max(comparison.error for comparison in comparisons)
         program.notes.append(
             f"capture checked against the model on {len(comparisons)} runs: {exact} bit-equal, "
             f"largest error {worst:.2g} of the output's rms"
         )
+
+    def _far(self, program: Program) -> list[Comparison]:
+        """The check well past the capture, if graph and model are meant to go so far."""
+        example = self.factory.make(FAR_SIZES)
+        if not program.signature.accepts(_flat(program.signature, example)):
+            return []
+        try:
+            self.factory.run(example)
+        except Exception:
+            return []  # a table of the model ends before
+        kept = list(program.examples)
+        comparison = self._compare(program, example, FAR_SIZES, "no padding")
+        program.examples = kept  # every pass is judged on the examples: small ones will do
+        return [comparison]
 
     def _compare(
         self, program: Program, example: ExampleInputs, sizes: Sizes, label: str
@@ -224,10 +250,7 @@ class _PretrainedCapture:
         past = [t.clone() for t in example.past]
         with torch.no_grad():
             expected = self._call(self.model, dict(example.tensors), past)
-            flat = [
-                {**example.tensors, **_past_names(example.past)}[spec.name]
-                for spec in program.signature.inputs
-            ]
+            flat = _flat(program.signature, example)
             program.examples.append([tensor.clone() for tensor in flat])
             try:
                 got = list(program.graph_module(*flat))
@@ -238,6 +261,7 @@ class _PretrainedCapture:
                     "(a loop over the sequence, perhaps) was fixed to the example's size."
                 ) from error
         specs = program.signature.outputs
+        refuse_other_count(description, got, expected)
         kept = [self._visible(spec, t, example) for spec, t in zip(specs, expected, strict=True)]
         return compare_outputs(
             description,
@@ -300,28 +324,13 @@ def _past_names(past: list[Tensor]) -> dict[str, Tensor]:
     return {f"past_{'value' if i % 2 else 'key'}_{i // 2}": t for i, t in enumerate(past)}
 
 
+def _flat(signature: Signature, example: ExampleInputs) -> list[Tensor]:
+    known = {**example.tensors, **_past_names(example.past)}
+    return [known[spec.name] for spec in signature.inputs]
+
+
 def _select(value: Tensor, keep: Tensor | None) -> Tensor:
     return value if keep is None else torch.where(keep, value, 0)
 
 
-def keyword_tensors(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]):
-    """Bind example inputs to the parameter names of the model's forward.
-
-    Raises:
-        InputError: an example is not a tensor.
-    """
-    import inspect
-
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    extra = bound.pop("kwargs", {})
-    tensors = {**bound, **extra}
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise InputError(
-                f"example input {name!r} is a {type(value).__name__}; HF models are captured on "
-                "tensors. Leave flags out; caches are found by themselves."
-            )
-    return tensors
-
-
-__all__ = ["SEQUENCE", "capture_pretrained", "keyword_tensors", "without_caches"]
+__all__ = ["capture_pretrained", "without_caches"]

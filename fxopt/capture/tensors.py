@@ -1,10 +1,13 @@
 """Small operations on the tensors that go into and come out of a model."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from fxopt.errors import InputError
 from fxopt.ir.cache_names import CACHE_NAMES
 
 
@@ -36,3 +39,27 @@ def take_cyclic(tensor: Tensor, axis: int, size: int) -> Tensor:
     """The tensor at another size along one axis, its entries repeated in order."""
     index = torch.arange(size, device=tensor.device) % max(tensor.shape[axis], 1)
     return tensor.detach().index_select(axis, index)
+
+
+def keyword_tensors(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    """Bind example inputs to the parameter names of the model's forward.
+
+    Raises:
+        InputError: an example is not a tensor, or there are more than forward takes.
+    """
+    try:
+        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        raise InputError(
+            f"example_inputs do not fit the forward of {type(model).__name__}: {error}. Pass a "
+            "dict of keyword arguments."
+        ) from error
+    extra = bound.pop("kwargs", {})
+    tensors = {**bound, **extra}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"example input {name!r} is a {type(value).__name__}; HF models are captured on "
+                "tensors. Leave flags out; caches are found by themselves."
+            )
+    return tensors

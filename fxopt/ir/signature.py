@@ -39,6 +39,41 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class SizeRange:
+    """The sizes of a dimension, or of a sum of dimensions, at which the graph is the model.
+
+    Attributes:
+        low: the lowest such size.
+        high: the highest, or None if there is none.
+    """
+
+    low: int = 0
+    high: int | None = None
+
+    def size(self, name: str, sizes: Mapping[str, int]) -> int | None:
+        """The size of what is called "past" or "past + sequence"; None where it is not known."""
+        terms = name.split(" + ")
+        return sum(sizes[term] for term in terms) if all(t in sizes for t in terms) else None
+
+    def check(self, name: str, sizes: Mapping[str, int]) -> None:
+        """Refuse a size out of range.
+
+        Raises:
+            InputError: it is; the message says the range and what to do.
+        """
+        size = self.size(name, sizes)
+        if size is None or (self.low <= size and (self.high is None or size <= self.high)):
+            return
+        limits = f"from {self.low} " if self.low else ""
+        limits += f"up to {self.high}" if self.high is not None else "upward"
+        raise InputError(
+            f"{name} is {size}; the program was captured for sizes {limits}, out of which the "
+            "model's Python code takes another path (a branch or loop over the size, a table that "
+            "ends). Stay in range, or capture a plain module from example_inputs of that size."
+        )
+
+
+@dataclass(frozen=True)
 class CacheSpec:
     """The key/value cache of a decoder: state that the graph takes and gives back.
 
@@ -109,6 +144,8 @@ class Signature:
             once (the encoder's side of an encoder-decoder). Empty for everything else.
         ignored: names of inputs that the model accepts and never reads; so does the program.
         parameters: the names of the model's own `forward` parameters, in order.
+        ranges: where they are limited, the sizes of named dimensions and of sums of them
+            ("past + sequence") at which the graph is the model.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -120,6 +157,7 @@ class Signature:
     step_inputs: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    ranges: Mapping[str, SizeRange] = field(default_factory=dict[str, SizeRange])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the stored folder."""
@@ -133,6 +171,7 @@ class Signature:
             "step_inputs": list(self.step_inputs),
             "ignored": list(self.ignored),
             "parameters": list(self.parameters),
+            "ranges": {name: [limit.low, limit.high] for name, limit in self.ranges.items()},
         }
 
     @staticmethod
@@ -148,6 +187,8 @@ class Signature:
             step_inputs=tuple(data["step_inputs"]),
             ignored=tuple(data["ignored"]),
             parameters=tuple(data["parameters"]),
+            # A folder that was stored before there were ranges has none.
+            ranges={name: SizeRange(*limit) for name, limit in data.get("ranges", {}).items()},
         )
 
     def empty_state(self, batch: int, device: torch.device) -> list[list[Tensor]]:
@@ -177,14 +218,32 @@ class Signature:
         """Refuse tensors that the graph was not captured for.
 
         Raises:
-            InputError: a rank, a dtype or a fixed dimension differs, or two inputs that share a
-                dimension disagree about it.
+            InputError: a rank, a dtype or a fixed dimension differs, two inputs that share a
+                dimension disagree about it, or a size is out of its range.
         """
-        check_tensors(self.inputs, tensors)
+        sizes = self.sizes(tensors)
+        for name, limit in self.ranges.items():
+            limit.check(name, sizes)
+
+    def accepts(self, tensors: list[Tensor]) -> bool:
+        """Whether `check` lets them through."""
+        try:
+            self.check(tensors)
+        except InputError:
+            return False
+        return True
+
+    def sizes(self, tensors: list[Tensor]) -> dict[str, int]:
+        """The size of every named dimension.
+
+        Raises:
+            InputError: as `check`, ranges aside.
+        """
+        return check_tensors(self.inputs, tensors)
 
 
-def check_tensors(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> None:
-    """Refuse tensors that do not fit their specs, or each other; see `Signature.check`."""
+def check_tensors(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> dict[str, int]:
+    """Refuse tensors that do not fit their specs, or each other; the sizes of named dimensions."""
     bound: dict[str, tuple[int, str]] = {}
     for spec, tensor in zip(specs, tensors, strict=True):
         if tensor.dim() != len(spec.shape):
@@ -199,6 +258,7 @@ def check_tensors(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> Non
             )
         for axis, (expected, size) in enumerate(zip(spec.shape, tensor.shape, strict=True)):
             _check_dimension(spec, axis, expected, size, bound)
+    return {name: size for name, (size, _) in bound.items()}
 
 
 def _check_dimension(

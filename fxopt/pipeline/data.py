@@ -56,10 +56,20 @@ def _tokenize(signature: Signature, tokenizer: Any, texts: list[str], max_length
     if getattr(tokenizer, "pad_token", None) is None:
         tokenizer.pad_token = tokenizer.eos_token
     encoded = tokenizer(
-        texts, return_tensors="pt", padding=True, truncation=True, max_length=max_length
+        texts,
+        return_tensors="pt",
+        padding=True,
+        truncation=True,
+        max_length=_longest(signature, max_length),
     )
     known = {spec.name for spec in signature.inputs}
     return _sample(signature, {k: v for k, v in encoded.items() if k in known})
+
+
+def _longest(signature: Signature, max_length: int) -> int:
+    """How many tokens to keep of a text: no more than the program takes."""
+    highs = [limit.high for name, limit in signature.ranges.items() if name != "batch"]
+    return min([max_length, *(high for high in highs if high is not None)])
 
 
 def _sample(signature: Signature, entry: Any) -> Sample:

@@ -82,7 +82,7 @@ class Manager:
         self.progress(a_pass.name)
         started = time.perf_counter()
         working = program.clone()
-        versions = {name: value._version for name, value in program.weights().items()}
+        versions = _versions(program)
         samples = self._samples(program, a_pass)
         context = Context(
             statistics=self._statistics(program, a_pass, samples),
@@ -206,10 +206,16 @@ def _reasons(result: PassResult) -> str:
     return f"Refused: {reasons}. " if reasons else ""
 
 
+def _versions(program: Program) -> dict[str, int]:
+    """How often each weight was written to; weights made in inference mode do not count it."""
+    weights = program.weights().items()
+    return {name: value._version for name, value in weights if not value.is_inference()}
+
+
 def _refuse_in_place_edits(a_pass: Pass, program: Program, versions: Mapping[str, int]) -> None:
     """Tensors are shared between programs and with the model: a pass must store new ones."""
-    for name, value in program.weights().items():
-        if value._version != versions[name]:
+    for name, version in _versions(program).items():
+        if version != versions[name]:
             raise PassError(
                 f"pass {a_pass.name!r} wrote into weight {name!r} in place. The program before the "
                 "pass, and the model it came from, share that tensor, so both are changed. Store a "

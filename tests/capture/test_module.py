@@ -44,6 +44,17 @@ def test_encoder_layers_are_captured_operator_by_operator(norm_first):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_an_encoder_with_padding_is_captured_as_it_is_made_by_default():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    example = {"src": torch.randn(2, 5, 32), "src_key_padding_mask": padding}
+    program = capture_program(nn.TransformerEncoder(layer, 2), example)
+    assert [spec.shape for spec in program.signature.inputs] == [
+        ("batch", "dim1", 32),
+        ("batch", "dim1"),
+    ]
+
+
 def test_multihead_attention_with_and_without_weights():
     attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
     x = torch.randn(2, 5, 32)
@@ -56,6 +67,27 @@ def test_a_batch_of_one_does_not_fix_the_batch():
     program = capture_program(nn.Linear(4, 3), (torch.randn(1, 4),))
     assert program.signature.inputs[0].shape == ("batch", 4)
     assert program.graph_module(torch.randn(7, 4))[0].shape == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        (((2, 5, 4), (1, 5, 4)), [("batch", "dim1", "dim2"), (1, "dim1", "dim2")]),
+        (((1, 5, 4), (1, 5, 4)), [("batch", "dim1", "dim2"), ("batch", "dim1", "dim2")]),
+        (((2, 5, 4), (1, 1, 4)), [("batch", "dim1", "dim2"), (1, 1, "dim2")]),
+        (((3, 4), (1,)), [("batch", "dim1"), (1,)]),
+    ],
+)
+def test_an_input_that_is_broadcast_in_the_example_stays_so(shapes, expected):
+    class Add(nn.Module):
+        def forward(self, x, position):
+            return x + position
+
+    example = tuple(torch.randn(shape) for shape in shapes)
+    program = capture_program(Add(), example)
+    assert [spec.shape for spec in program.signature.inputs] == expected
+    program.signature.check(list(example))
+    assert torch.equal(program.graph_module(*example)[0], example[0] + example[1])
 
 
 def test_shared_weights_are_held_once():
@@ -102,7 +134,7 @@ class Branching(nn.Module):
 
 def test_data_dependent_control_flow():
     module = Branching().train()
-    with pytest.raises(CaptureError, match="branches on the values of a tensor"):
+    with pytest.raises(CaptureError, match="branches on the values.* torch.where or a mask"):
         capture_program(module, (torch.randn(2, 4),))
     assert module.training
     assert "forward" not in module.__dict__
@@ -133,6 +165,22 @@ def test_shuffled_integers_stay_those_of_the_example():
     program = capture_program(Look(), (torch.tensor([[97, 5, 42]]),))
     assert all(set(index.unique().tolist()) <= {97, 5, 42} for [index] in program.examples)
     assert len(program.examples[1][0].unique(dim=0)) > 1
+
+
+def test_a_hook_that_changes_the_result_is_refused():
+    module = nn.Sequential(nn.Linear(4, 4))
+    module.register_forward_hook(lambda module, args, result: result * 2)
+    with pytest.raises(CaptureError, match="forward hook on Sequential itself"):
+        capture_program(module, (torch.randn(2, 4),))
+
+
+def test_an_operator_of_higher_order_is_named():
+    class Cond(Branching):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, self.linear, torch.clone, (x,))
+
+    with pytest.raises(CaptureError, match="calls cond .*ordinary operators"):
+        capture_program(Cond(), (torch.randn(2, 4),))
 
 
 def test_unknown_containers_are_refused():

@@ -119,6 +119,27 @@ def test_example_inputs_decide_what_is_captured():
     assert "input_ids" in {spec.name for spec in program.signature.inputs}
     with pytest.raises(InputError, match="'input_ids' is a str"):
         capture_program(model, {"input_ids": "hello"})
+    with pytest.raises(InputError, match="do not fit the forward of BertModel: too many"):
+        capture_program(model, (torch.ones(1, 4, dtype=torch.long),) * 30)
+
+
+def test_attention_maps_are_captured_from_plain_operators():
+    config = hf.LlamaConfig(**GROUPED, attn_implementation="eager", output_attentions=True)
+    program = capture_program(hf.LlamaForCausalLM(config).eval())
+    assert "attentions.0" in {spec.name for spec in program.signature.outputs}
+    assert not attentions(program)
+
+
+def test_a_model_that_fails_with_a_cache_is_captured_without_one():
+    class Cacheless(hf.LlamaForCausalLM):
+        def forward(self, input_ids, use_cache=False, past_key_values=None, **kwargs):
+            if use_cache:
+                raise ValueError("no cache here")
+            return super().forward(input_ids, use_cache=False, **kwargs)
+
+    program = capture_program(Cacheless(hf.LlamaConfig(**GROUPED)).eval())
+    assert program.signature.cache is None
+    assert any("no cache here" in note for note in program.notes)
 
 
 def test_a_graph_that_is_not_the_model_is_refused():
@@ -140,6 +161,33 @@ def test_broken_weights_are_refused(value, word):
         model.encoder.layer[1].output.dense.weight[3, 3] = value
     with pytest.raises(ModelError, match=f"output.dense.weight.*{word}"):
         capture_program(model)
+
+
+def test_weights_in_a_form_that_cannot_be_taken_are_refused():
+    with pytest.raises(ModelError, match="lazy module. Run the model once"):
+        capture_program(nn.LazyLinear(4), (torch.randn(2, 4),))
+    sparse = nn.Linear(4, 4)
+    sparse.weight = nn.Parameter(sparse.weight.detach().to_sparse(), requires_grad=False)
+    with pytest.raises(ModelError, match="'weight'.*sparse_coo.*to_dense"):
+        capture_program(sparse, (torch.randn(2, 4),))
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_weights_of_eight_bits_are_looked_at_too(value):
+    class Eight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = torch.full((4, 4), value).to(torch.float8_e4m3fn)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.weight.to(x.dtype)
+
+    if value == value:
+        assert capture_program(Eight(), (torch.randn(2, 4),)).weights()
+        return
+    with pytest.raises(ModelError, match="holds NaN"):
+        capture_program(Eight(), (torch.randn(2, 4),))
 
 
 def test_things_that_are_not_models_are_refused():
@@ -171,6 +219,38 @@ def test_windows_of_every_size_are_told_from_plain_causal(window):
     assert _recognize(chunked, window + 1) is None
     assert _recognize(masking_utils.causal_mask_function, None) == (True, None)
     assert _recognize(masking_utils.bidirectional_mask_function, None) == (False, None)
+
+
+@pytest.mark.parametrize("window", [7, 69, 160, 1024, 4096, 100_000])
+def test_a_window_that_is_not_told_is_not_taken_for_everything(window):
+    causal = masking_utils.sliding_window_causal_mask_function(window)
+    assert _recognize(causal, None) is None
+    around = masking_utils.sliding_window_bidirectional_mask_function(window)
+    assert _recognize(around, None) is None
+
+
+def test_a_mask_function_of_the_models_own_is_an_explicit_mask():
+    class Windowed(hf.BertModel):
+        def _create_attention_masks(self, attention_mask, embedding_output, **kwargs):
+            window = masking_utils.sliding_window_bidirectional_overlay(160)
+            made = masking_utils.create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=embedding_output,
+                attention_mask=attention_mask,
+                and_mask_function=window,
+            )
+            return made, None
+
+    config = hf.BertConfig(**{**BASE, "max_position_embeddings": 512})
+    model = Windowed(config).eval()
+    program = capture_program(model)
+    assert all(argument(node, "mask") is not None for node in attentions(program))
+    ids = torch.randint(3, 90, (1, 400))
+    ones = torch.ones_like(ids)
+    known = {"input_ids": ids, "token_type_ids": ones * 0, "attention_mask": ones}
+    known["position_ids"] = torch.arange(400)[None]
+    got = program.graph_module(*(known[spec.name] for spec in program.signature.inputs))
+    assert torch.allclose(got[0], model(ids).last_hidden_state, atol=1e-5)
 
 
 def test_a_model_in_training_mode_is_captured_as_it_runs_at_inference():

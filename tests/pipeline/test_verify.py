@@ -329,6 +329,15 @@ def test_measures_do_not_overlook_nan_and_opposite_infinities():
     assert measure(program, spoilt, program.examples[:1]).sqnr_db == -math.inf
 
 
+@torch.inference_mode()
+def test_weights_made_in_inference_mode_count_no_writes():
+    module = nn.Linear(4, 4)
+    program = capture_program(module, (torch.randn(2, 4),))
+    assert program.weight("weight").is_inference()
+    after = manager_for(program).run(program, [Canonicalize()])
+    assert after.history[0].name == "canonicalize"
+
+
 def test_a_pass_that_writes_in_place_is_refused():
     @dataclasses.dataclass(frozen=True)
     class InPlace(Pass):
