@@ -83,7 +83,8 @@ def test_marking_changes_no_graph_and_a_second_run_does_nothing():
     program, samples = bert()
     after = apply(program, samples, budget=Budget(bits=5))
     assert signature_of(after) == signature_of(program)
-    again = manager(samples).run(after, [AllocateBits(Budget(bits=8), CHOICES)])
+    with pytest.warns(UserWarning, match="changed nothing"):
+        again = manager(samples).run(after, [AllocateBits(Budget(bits=8), CHOICES)])
     assert chosen(again) == chosen(after)
     assert again.history[-1].sites == ()
     assert "allocated already" in again.history[-1].refusals[0].reason
@@ -175,9 +176,10 @@ def test_a_tied_table_is_refused_and_sizes_that_do_not_fit_are_named():
     if any(user.target is aten.embedding.default for user in weight.users):
         assert "also read by" in told["lm_head"]
     odd = Choice(WeightOptions("int4", "group", 7))
-    refused = manager(samples).run(
-        program, [AllocateBits(Budget(bits=6), (odd, INT8), include=("*up_proj",))]
-    )
+    with pytest.warns(UserWarning, match="changed nothing"):
+        refused = manager(samples).run(
+            program, [AllocateBits(Budget(bits=6), (odd, INT8), include=("*up_proj",))]
+        )
     assert "group size 7 does not divide" in str(refused.history[-1].refusals)
 
 

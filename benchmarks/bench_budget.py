@@ -1,0 +1,88 @@
+"""A time budget on the real models: predicted and measured time of what allocate-bits chose.
+
+    python benchmarks/bench_budget.py [--model minilm|smollm2] [--shape 1 128] [--write]
+
+The budget lies half way between a call of the original and one with 4-bit weights everywhere, both
+timed alternately first. Then the optimized model that the budget led to is timed beside the original
+again. `--write` puts the figures into benchmarks/results/budget.json.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bench_models
+import real_models
+import torch
+from rich.console import Console
+
+import fxopt
+
+RESULTS = Path(__file__).parent / "results" / "budget.json"
+FOUR = {"weights": {"dtype": "int4", "granularity": "group", "group_size": 64}}
+EIGHT = {
+    "weights": {"dtype": "int8", "granularity": "channel"},
+    "activations": {"dtype": "int8", "granularity": "token"},
+}
+HEAD = {"exclude": ["lm_head"]}
+
+
+def caller(model: Any, shape: tuple[int, int]) -> Callable[[], Any]:
+    ids = torch.randint(1000, 20000, shape)
+    return lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def study(model: Any, shape: tuple[int, int]) -> dict[str, Any]:
+    options = {"calibration": real_models.prose()[:8], "progress": False}
+    small = fxopt.optimize(model, ["canonicalize", {"quantize": {**FOUR, **HEAD}}], **options)
+    ends = bench_models.alternate(caller(model, shape), caller(small, shape), 30)
+    budget = (ends["original_ms"] + ends["optimized_ms"]) / 2
+    allocate = {
+        "budget": {"milliseconds": budget, "shape": list(shape)},
+        "choices": [FOUR, EIGHT, {}],
+        "sensitivity": "trace",
+        "probes": 8,
+        **HEAD,
+    }
+    recipe = ["canonicalize", {"allocate-bits": allocate}, {"quantize": HEAD}]
+    made = fxopt.optimize(model, recipe, **options)
+    record = next(r for r in made.report.history if r.name == "allocate-bits")
+    (table,) = record.tables
+    chosen = next(row for row in table.rows if row[-1] == "chosen")
+    timed = bench_models.alternate(caller(model, shape), caller(made, shape), 30)
+    predicted = float(chosen[0])
+    return {
+        "shape": list(shape),
+        "original_ms": ends["original_ms"],
+        "four_bits_ms": ends["optimized_ms"],
+        "budget_ms": budget,
+        "predicted_ms": predicted,
+        "measured_ms": timed["optimized_ms"],
+        "measured_over_predicted": timed["optimized_ms"] / predicted,
+        "note": record.notes[0],
+        "chosen": chosen[4],
+        "frontier": [list(row) for row in table.rows],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=["minilm", "smollm2"], action="append")
+    parser.add_argument("--shape", type=int, nargs=2, default=(1, 128))
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in options.model or ["minilm", "smollm2"]:
+        model, _ = {"minilm": real_models.load_minilm, "smollm2": real_models.load_smollm2}[name]()
+        batch, length = options.shape
+        found = study(model, (batch, length))
+        results[f"{name} {batch}x{length}"] = found
+        Console().print(name, {k: v for k, v in found.items() if k != "frontier"})
+        if options.write:
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
