@@ -19,8 +19,8 @@ from fxopt.ir.diff import diff as diff_programs
 from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Program
 from fxopt.lowering import Lowered, LoweringOptions, lower, resolve_target
+from fxopt.lowering.call import lowered_call
 from fxopt.lowering.device import move_program
-from fxopt.lowering.latency import milliseconds
 from fxopt.pipeline.data import calibration_samples, standard_texts
 from fxopt.pipeline.lowered_check import check_lowered
 from fxopt.pipeline.manager import Expectation, Manager, Progress, ignore_replaced
@@ -107,7 +107,7 @@ def optimize(
             },
             progress=tell,
             replaced=parking.park if inplace else ignore_replaced,
-            latency=lambda program, shape: milliseconds(program, options, shape),
+            lowered_call=lambda program, shape: lowered_call(program, options, shape),
         )
         parking.watch(model, program)
         bytes_before = program.byte_count()

@@ -14,6 +14,7 @@ from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, Table
 
 
+LoweredCall = Callable[[Program, tuple[int, int]], Callable[[], Any]]
 StateChange = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 
@@ -64,8 +65,8 @@ class Context:
     )
     samples: Sequence[Sample] = ()
     progress: Callable[[str], None] = lambda _: None
-    # Milliseconds of one call of a program, lowered as it will be, at (batch, length).
-    latency: Callable[[Program, tuple[int, int]], float] | None = None
+    # One call of a program, lowered as it will be, at (batch, length): for who wants to time it.
+    lowered_call: LoweredCall | None = None
 
 
 class Pass:

@@ -12,7 +12,7 @@ from fxopt.errors import CalibrationError, ExpectationError, FxoptError, PassErr
 from fxopt.ir.legality import check_program
 from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import PassRecord, Program, has_effect
-from fxopt.passes.base import Context, Pass, PassResult
+from fxopt.passes.base import Context, LoweredCall, Pass, PassResult
 from fxopt.pipeline.beyond_weights import beyond_weights
 from fxopt.pipeline.state_basis import fitted
 from fxopt.pipeline.verify import Verifier
@@ -56,7 +56,7 @@ class Manager:
         progress: told which pass is running.
         replaced: given the program before and after a pass, when the pass has run and before it
             is judged: for who wants to hold what it replaced elsewhere.
-        latency: milliseconds of one call of a program at (batch, length), once lowered.
+        lowered_call: a call of a program at (batch, length), once lowered, for passes that time.
     """
 
     verifier: Verifier
@@ -64,7 +64,7 @@ class Manager:
     expectations: Mapping[str, Expectation] = field(default_factory=dict[str, Expectation])
     progress: Progress = silent
     replaced: Callable[[Program, Program], None] = ignore_replaced
-    latency: Callable[[Program, tuple[int, int]], float] | None = None
+    lowered_call: LoweredCall | None = None
 
     def run(self, program: Program, passes: Sequence[Pass]) -> Program:
         """The program after all passes; the one given is not changed.
@@ -88,7 +88,7 @@ class Manager:
             statistics=self._statistics(program, a_pass, samples),
             samples=samples,
             progress=lambda detail: self.progress(a_pass.name, detail),
-            latency=self.latency,
+            lowered_call=self.lowered_call,
         )
         with _failing_as(a_pass, "failed"):
             result = a_pass.run(working, context)

@@ -4,13 +4,18 @@
 
 T_0 is the time of a call when every group takes the first choice, T(kind, c) that when the groups
 of one kind (weights of the same shapes) take choice c instead. Caches, merged kernels and what the
-speed gate turns down are then those of the program that will run.
+speed gate turns down are then those of the program that will run. Kinds do not quite add up (kernels
+are fused across them), so the differences of a choice are stretched to give T(all, c) when all groups
+take it. Each T is timed by turns with T_0: a busy machine slows both.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, has_effect
@@ -20,6 +25,8 @@ from fxopt.passes.quantization.linear_groups import LinearGroup
 from fxopt.passes.quantization.options import Choice, WeightOptions
 from fxopt.passes.quantization.quantize import Quantize
 from fxopt.passes.quantization.sites import CHOICE
+
+_FEWEST_ROUNDS, _ENOUGH_SECONDS = 5, 1.0
 
 
 class LatencyPrices:
@@ -33,7 +40,7 @@ class LatencyPrices:
         shape: tuple[int, int],
         context: Context,
     ) -> None:
-        if context.latency is None:
+        if context.lowered_call is None:
             raise RecipeError(
                 "allocate-bits prices choices in milliseconds and nothing here can time a "
                 "program; use fxopt.optimize, or a budget of bits."
@@ -42,33 +49,48 @@ class LatencyPrices:
         self.groups = groups
         self.choices = choices
         self.shape = shape
-        self.context = context
-        self.latency = context.latency
+        self.progress = context.progress
+        self.lowered_call = context.lowered_call
+        self.base = self._call([0] * len(groups), "all as the first choice")
+        self.fastest_base = math.inf
 
     def matrix(self) -> Matrix:
         """The milliseconds of each group by each choice, [groups, choices]; sums are of a call."""
-        kinds = Counter(group.kind for group in self.groups)
-        base = self._time([0] * len(self.groups), "all as the first choice")
-        found = np.full((len(self.groups), len(self.choices)), base / len(self.groups))
-        for number, (kind, count) in enumerate(kinds.items()):
-            alike = [group.kind == kind for group in self.groups]
-            for choice in range(1, len(self.choices)):
-                told = f"kind {number + 1}/{len(kinds)}, choice {choice + 1}"
-                taken = self._time([choice if same else 0 for same in alike], told)
-                found[np.array(alike), choice] += (taken - base) / count
-        return found
+        kinds = list(dict.fromkeys(group.kind for group in self.groups))
+        members = np.array([[group.kind == kind for kind in kinds] for group in self.groups])
+        shares = members / members.sum(0)  # of a kind's difference, for each of its groups
+        found = np.zeros((len(self.groups), len(self.choices)))
+        for choice in range(1, len(self.choices)):
+            told = f"choice {choice + 1}/{len(self.choices)}"
+            gains = [
+                self._gain(members[:, k], choice, f"{told}, kind {k + 1}/{len(kinds)}")
+                for k in range(len(kinds))
+            ]
+            whole = self._gain(np.ones(len(self.groups), bool), choice, f"{told}, everywhere")
+            found[:, choice] = shares @ _stretched(np.array(gains), whole)
+        return (found + 1 / len(self.groups)) * self.fastest_base
+
+    def _gain(self, members: NDArray[np.bool_], choice: int, told: str) -> float:
+        """How much longer a call takes, in T_0, when some groups take a choice."""
+        return self._ratio(np.where(members, choice, 0).tolist(), told) - 1
 
     def compared(self, chosen: Sequence[int], predicted: float) -> str:
         """What was predicted for an assignment, and what it takes."""
-        measured = self._time(chosen, "the chosen assignment")
+        measured = self._ratio(chosen, "the chosen assignment") * self.fastest_base
         batch, length = self.shape
         return (
             f"one call at batch {batch}, length {length}: {predicted:.4g} ms predicted, "
             f"{measured:.4g} ms measured, weights rounded to nearest"
         )
 
-    def _time(self, chosen: Sequence[int], told: str) -> float:
-        self.context.progress(f"timing {told}")
+    def _ratio(self, chosen: Sequence[int], told: str) -> float:
+        """The time of an assignment over T_0, each the fastest of many calls."""
+        base, other = _fastest(self.base, self._call(chosen, told))
+        self.fastest_base = min(self.fastest_base, base)
+        return other / base
+
+    def _call(self, chosen: Sequence[int], told: str) -> Callable[[], Any]:
+        self.progress(f"timing {told}")
         twin = self.program.clone()
         nodes = {node.name: node for node in twin.nodes()}
         for group, choice in zip(self.groups, chosen, strict=True):
@@ -81,4 +103,26 @@ class LatencyPrices:
         twin.graph.eliminate_dead_code(has_effect)
         twin.remove_unused_weights()
         twin.graph_module.recompile()
-        return self.latency(twin, self.shape)
+        return self.lowered_call(twin, self.shape)
+
+
+def _stretched(gains: NDArray[np.float64], whole: float) -> NDArray[np.float64]:
+    """Differences of kinds that add up to what all of them give together."""
+    total = float(gains.sum())
+    # Of unlike sign or nearly nothing, they say little about where the time goes.
+    if total * whole <= 0 or not 0.25 < whole / total < 4:
+        return gains + (whole - total) / len(gains)
+    return gains * (whole / total)
+
+
+def _fastest(*calls: Callable[[], Any]) -> list[float]:
+    """The fastest of many calls of each, taken by turns, in milliseconds."""
+    best = [math.inf] * len(calls)
+    started, rounds = time.perf_counter(), 0
+    while rounds < _FEWEST_ROUNDS or time.perf_counter() - started < _ENOUGH_SECONDS:
+        rounds += 1
+        for index, call in enumerate(calls):
+            begun = time.perf_counter()
+            call()
+            best[index] = min(best[index], (time.perf_counter() - begun) * 1e3)
+    return best

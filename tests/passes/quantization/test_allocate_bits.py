@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fxopt
 from fxopt.analysis.execution import run
@@ -11,9 +14,11 @@ from fxopt.analysis.output_error import OutputError
 from fxopt.errors import CalibrationError, QualityFloorError, RecipeError
 from fxopt.ir.program import Program
 from fxopt.ir.stored_codes import is_stored_weight
+from fxopt.passes.base import Context
 from fxopt.passes.quantization.allocate_bits import AllocateBits
 from fxopt.passes.quantization.budget import Budget
 from fxopt.passes.quantization.gptq import Gptq
+from fxopt.passes.quantization.latency_prices import LatencyPrices, _stretched
 from fxopt.passes.quantization.linear_groups import linear_groups, stored_bytes
 from fxopt.passes.quantization.options import ActivationOptions, Choice, WeightOptions
 from fxopt.passes.quantization.quantize import Quantize
@@ -268,3 +273,31 @@ def test_a_time_is_predicted_and_measured_and_the_report_draws_the_frontier(tmp_
     assert again.to_markdown() == made.report.to_markdown()
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    gains=st.lists(st.floats(-1, 1), min_size=1, max_size=6),
+    whole=st.floats(-1, 1),
+)
+def test_differences_are_stretched_to_what_they_give_together(gains, whole):
+    found = _stretched(np.array(gains), whole)
+    assert float(found.sum()) == pytest.approx(whole, abs=1e-9)
+
+
+def test_uniform_assignments_are_priced_at_what_they_take():
+    """A program's time is counted here: 8 for each linear in int8, 2 for all of them together."""
+    program, _ = bert()
+    groups, _ = linear_groups(program, (INT8, FLOAT), ("*",), ())
+
+    def lowered_call(twin: Program, shape: tuple[int, int]):
+        rounded = sum(is_stored_weight(n.args[1]) for n in twin.nodes(aten.linear.default))
+        busy = 8 * rounded + 2 * (rounded == len(program.nodes(aten.linear.default)))
+        return lambda: (shape, busy)
+
+    context = Context(lowered_call=lowered_call)
+    timed = LatencyPrices(program, groups, (FLOAT, INT8), (1, 4), context)
+    timed._ratio = lambda chosen, told: 1 + timed._call(chosen, told)()[1] / 100
+    timed.fastest_base = 1.0
+    price = timed.matrix()
+    everything = 1 + (8 * len(program.nodes(aten.linear.default)) + 2) / 100
+    assert float(price[:, 1].sum()) == pytest.approx(everything)
+    assert float(price[:, 0].sum()) == pytest.approx(1.0)
