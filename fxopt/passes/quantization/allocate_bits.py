@@ -22,7 +22,6 @@ Source: Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neura
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch.fx import Node
 
@@ -34,10 +33,8 @@ from fxopt.passes.quantization.budget import Budget
 from fxopt.passes.quantization.latency_prices import LatencyPrices
 from fxopt.passes.quantization.linear_groups import LinearGroup, byte_prices, linear_groups
 from fxopt.passes.quantization.options import Choice, WeightOptions
-from fxopt.passes.quantization.rounding_trials import Trials
+from fxopt.passes.quantization.rounding_trials import Sensitivity, Trials
 from fxopt.passes.quantization.sites import CHOICE
-
-Sensitivity = Literal["output", "trace", "eigenvalue"]
 
 
 @register("allocate-bits")

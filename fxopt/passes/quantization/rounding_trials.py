@@ -22,6 +22,7 @@ from fxopt.rewrite.builder import first_call
 
 aten = torch.ops.aten
 Progress = Callable[[str], None]
+Sensitivity = Literal["output", "trace", "eigenvalue"]
 
 
 class Trials:
@@ -49,9 +50,7 @@ class Trials:
             instead |= self._instead(group, self.choices[choice])
         return self._outputs(instead)
 
-    def losses(
-        self, sensitivity: Literal["output", "trace", "eigenvalue"], probes: int, progress: Progress
-    ) -> Matrix:
+    def losses(self, sensitivity: Sensitivity, probes: int, progress: Progress) -> Matrix:
         """What each choice costs the output in each group, [groups, choices]."""
         if sensitivity == "output":
             return self._by_output(progress)

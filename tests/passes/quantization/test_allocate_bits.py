@@ -119,10 +119,10 @@ def test_an_accuracy_is_met_by_the_stored_program_and_stricter_costs_more(limit)
     assert cheaper[0] <= row[0]
 
 
-def decoder() -> tuple[Program, list]:
+def decoder(name: str = "llama") -> tuple[Program, list]:
     from fxopt.analysis.calibration import Sample
 
-    program = canonical_program("llama")
+    program = canonical_program(name)
     return program, [Sample(inputs, None) for inputs in program.examples[:2]]
 
 
@@ -173,13 +173,10 @@ def test_what_cannot_be_met_is_said_with_the_nearest_figure():
 
 
 def test_a_tied_table_is_refused_and_sizes_that_do_not_fit_are_named():
-    program, samples = decoder()
+    program, samples = decoder("gemma3")
     after = apply(program, samples, budget=Budget(bits=6))
     told = {r.site: r.reason for r in after.history[-1].refusals}
-    tied = program.nodes(aten.linear.default)[-1]
-    weight = tied.args[1]
-    if any(user.target is aten.embedding.default for user in weight.users):
-        assert "also read by" in told["lm_head"]
+    assert "also read by aten.embedding" in told["lm_head"]
     odd = Choice(WeightOptions("int4", "group", 7))
     with pytest.warns(UserWarning, match="changed nothing"):
         refused = manager(samples).run(
