@@ -170,6 +170,7 @@ def test_a_program_without_quantization_keeps_its_linears():
 # --- variants of quantization ---------------------------------------------------------------
 
 TENSOR = ActivationOptions(granularity="tensor")
+ROWS = WeightOptions(granularity="block", block_size=(4, -1))
 VARIANTS = {
     "w8a16": (Quantize(), "linear_w8a16"),
     "static": (Quantize(activations=TENSOR), "linear_w8a8"),
@@ -183,6 +184,11 @@ VARIANTS = {
         Quantize(WeightOptions(granularity="tensor"), ActivationOptions()),
         "dynamic_linear_w8a8",
     ),
+    "weights per group of rows": (
+        Quantize(ROWS, ActivationOptions()),
+        "dynamic_linear_w8a8",
+    ),
+    "w8a16 per group of rows": (Quantize(ROWS), "linear_w8a16"),
 }
 
 
@@ -214,6 +220,7 @@ def test_each_variant_has_its_kernel(variant):
     ("weights", "reason"),
     [
         (WeightOptions(granularity="group", group_size=16), "scales per block [1, 16]"),
+        (WeightOptions(granularity="block", block_size=(4, 16)), "scales per block [4, 16]"),
         (WeightOptions(symmetric=False), None),
     ],
 )
@@ -239,6 +246,15 @@ def test_weights_that_no_kernel_takes_run_in_floating_point(weights, reason, act
         {node.name for node in program.nodes(aten.linear.default)} if activations else set()
     )
     check(program, lowered)
+
+
+def test_rows_of_a_group_repeat_its_scale():
+    program = quantized("bert", Quantize(ROWS, TOKEN))
+    lowered = lower(program, UNTIMED)
+    scale = program.weight("pooler.dense.weight_int8_scale")
+    rows = lowered.program.weight("pooler.dense.weight_int8_scale_rows")
+    assert torch.equal(rows, scale.expand(-1, 4).flatten())
+    assert_same(program, lowered, 1e-5)
 
 
 @cache

@@ -28,13 +28,17 @@ class WeightOptions:
 
     def __post_init__(self) -> None:
         self._check_size("group", "group_size", self.group_size, self.group_size or 0)
-        smallest = min(self.block_size or (0,))
+        # -1 is the whole axis: [16, -1] are groups of 16 rows.
+        smallest = min((1 if size == -1 else size for size in self.block_size or (0,)))
         self._check_size("block", "block_size", self.block_size, smallest)
         _check_zero_point(self.format, self.symmetric)
 
     def _check_size(self, granularity: str, name: str, value: object, smallest: int) -> None:
         if self.granularity == granularity and (value is None or smallest < 1):
-            kind = "a positive number" if granularity == "group" else "[rows, columns], positive"
+            kind = {
+                "group": "a positive number",
+                "block": "[rows, columns], each positive or -1 for the whole axis",
+            }[granularity]
             raise RecipeError(f"granularity {granularity!r} needs {name}, {kind}.")
         if self.granularity != granularity and value is not None:
             raise RecipeError(
@@ -66,7 +70,10 @@ class WeightOptions:
     def describe(self, channel: str = "channel") -> str:
         """For the report: "int4 weight per group of 64"."""
         sizes = {"channel": channel, "group": f"group of {self.group_size}"}
-        sizes["block"] = f"block of {self.block_size}"
+        if self.block_size is not None:
+            rows, columns = self.block_size
+            whole = rows > 0 and columns == -1
+            sizes["block"] = f"group of {rows} rows" if whole else f"block of {self.block_size}"
         return f"{self.dtype} weight per {sizes.get(self.granularity, self.granularity)}"
 
 

@@ -4,10 +4,10 @@
     y = linear(dequantize(quantize(x)), dequantize(w_q)) + b
 
 Shapes: linear weight [out, in], one scale per tensor, out-channel [out, 1], group of g inputs
-    [out, in / g] or block of outputs and inputs; activation [..., in], one scale per token
-    [..., 1], per tensor or per group of embedding dimensions [K]; embedding table [rows, d], one
-    scale per row or group of a row. Codes of less than 8 bits are packed. Without `weights`,
-    activations of linears alone are rounded.
+    [out, in / g] or block of outputs and inputs, of which [g, -1] is a group of g output rows;
+    activation [..., in], one scale per token [..., 1], per tensor or per group of embedding
+    dimensions [K]; embedding table [rows, d], one scale per row or group of a row. Codes of less
+    than 8 bits are packed. Without `weights`, activations of linears alone are rounded.
 Exactness: approximate; half a step of each scale per element. With `bias_correction` the mean of
     each output over the calibration data is that of exact weights, for inputs as they were before
     the pass.
@@ -15,7 +15,8 @@ Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformer
     NeurIPS 2022, arXiv:2208.07339 (vector-wise scales); Nagel et al., A White Paper on Neural
     Network Quantization, 2021, arXiv:2106.08295 (ranges, static activations); Nagel et al.,
     Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019,
-    arXiv:1906.04721 (`bias_correction`).
+    arXiv:1906.04721 (`bias_correction`); Yao et al., ZeroQuant, NeurIPS 2022, arXiv:2206.01861
+    (groups of rows).
 """
 
 from dataclasses import dataclass, field

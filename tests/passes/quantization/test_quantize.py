@@ -322,6 +322,30 @@ def test_weights_are_stored_by_granularity(granularity, group, columns, block, s
         assert bool((error <= 0.5001 * step[:, None]).all())
 
 
+def test_groups_of_rows_share_a_scale():
+    before = canonical_program("llama")
+    originals = float_weights(before)
+    options = WeightOptions(granularity="block", block_size=(32, -1))
+    after = apply(before, weights=options)
+    refused = refusals(after)
+    assert site_paths(after) | set(refused) == set(originals)
+    assert refused  # 16 and 99 outputs
+    for path, reason in refused.items():
+        assert reason == f"block size 32 does not divide its {len(originals[path])} outputs"
+    for path in site_paths(after):
+        node = by_path(after)[path]
+        w = originals[path]
+        assert len(w) % 32 == 0
+        q, scale, zero, block = stored(after, node, 1)
+        assert (block, zero, scale.shape) == ([32, -1], None, (len(w) // 32, 1))
+        groups = w.reshape(len(scale), -1)
+        assert torch.allclose(scale, groups.abs().amax(1, keepdim=True) / 127)
+        error = (q.float().reshape(groups.shape) * scale - groups).abs()
+        assert bool((error <= 0.5001 * scale).all())
+    details = {site.detail for site in after.history[-1].sites}
+    assert details == {"int8 weight per group of 32 rows"}
+
+
 def test_a_group_size_that_does_not_divide_is_refused_site_by_site():
     before = canonical_program("llama")
     after = apply(before, weights=WeightOptions(granularity="group", group_size=64))
@@ -652,6 +676,8 @@ def test_finer_granularity_and_more_bits_of_range_cost_less():
         ({"embeddings": {"granularity": "rows"}}, "'channel'"),
         ({"embeddings": {"granularity": "group"}}, "needs group_size"),
         ({"weights": {"granularity": "block", "block_size": [4, 0]}}, "needs block_size"),
+        ({"weights": {"granularity": "block", "block_size": [-2, 4]}}, "-1 for the whole axis"),
+        ({"weights": {"granularity": "block", "block_size": [4, -2]}}, "-1 for the whole axis"),
         ({"weights": {"block_size": [4, 4]}}, "no meaning at granularity 'channel'"),
         ({"weights": {"dtype": "nf4", "symmetric": False}}, "nf4 has no zero point"),
         ({"activations": {"dtype": "fp8_e4m3", "symmetric": False}}, "has no zero point"),
