@@ -40,6 +40,7 @@ def awq(chosen: dict[str, Any], search: str = "output") -> list[Any]:
 
 
 CHANNEL, GROUP, THREE = weights("int4"), weights("int4", 64), weights("int3", 64)
+PER_HEAD = {"dtype": "int4", "granularity": "head", "groups_per_head": 8}
 INT4_TOKENS = {
     "quantize": {"weights": None, "activations": {"dtype": "int4", "granularity": "token"}, **HEAD}
 }
@@ -91,6 +92,8 @@ RECIPES: dict[str, list[Any]] = {
     "int4 groups of 64, gptq": gptq(GROUP),
     "int4 groups of 64, gptq, mse range": gptq({**GROUP, "range": "mse"}),
     "int4 groups of 64 asymmetric, gptq": gptq({**GROUP, "symmetric": False}),
+    "int4, 8 groups per head": rounded(PER_HEAD),
+    "int4, 8 groups per head, gptq": gptq(PER_HEAD),
     "nf4 groups of 64": rounded(weights("nf4", 64)),
     "gobo, 4 bits": [{"gobo": {"bits": 4, **HEAD}}],
     "gobo, 3 bits": [{"gobo": {"bits": 3, **HEAD}}],

@@ -8,6 +8,8 @@ Shapes: linear weight [out, in], one scale per tensor, out-channel [out, 1], gro
     activation [..., in], one scale per token [..., 1], per tensor or per group of embedding
     dimensions [K]; embedding table [rows, d], one scale per row or group of a row. Codes of less
     than 8 bits are packed. Without `weights`, activations of linears alone are rounded.
+    Granularity "head" divides the rows of each head of Wq, Wk and Wv, and its columns of Wo, into
+    `groups_per_head` groups, and the rows of other weights into groups as large.
 Exactness: approximate; half a step of each scale per element. With `bias_correction` the mean of
     each output over the calibration data is that of exact weights, for inputs as they were before
     the pass.
@@ -16,7 +18,8 @@ Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformer
     Network Quantization, 2021, arXiv:2106.08295 (ranges, static activations); Nagel et al.,
     Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019,
     arXiv:1906.04721 (`bias_correction`); Yao et al., ZeroQuant, NeurIPS 2022, arXiv:2206.01861
-    (groups of rows).
+    (groups of rows); Shen et al., Q-BERT: Hessian Based Ultra Low Precision Quantization of BERT,
+    AAAI 2020, arXiv:1909.05840 (groups per head).
 """
 
 from dataclasses import dataclass, field
@@ -37,6 +40,7 @@ from fxopt.passes.quantization.options import ActivationOptions, EmbeddingOption
 from fxopt.passes.quantization.sites import (
     allocated,
     kind_of,
+    mark_heads,
     not_selected,
     other_weights,
     unquantizable,
@@ -100,6 +104,7 @@ class Quantize(Pass):
         sites: list[Site] = []
         refusals: list[Refusal] = []
         done: dict[tuple[Any, ...], StoredWeight] = {}
+        mark_heads(program, self.weights)
         for node in program.nodes():
             kind = kind_of(node)
             if kind is None or (kind == "embedding" and self.embeddings is None):

@@ -16,8 +16,10 @@ from fxopt.capture import capture_program
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, module_path
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
+from fxopt.passes.equivalence.awq_scale import AwqScale
 from fxopt.passes.quantization.options import (
     ActivationOptions,
+    Choice,
     EmbeddingOptions,
     WeightOptions,
 )
@@ -110,6 +112,69 @@ def test_every_linear_is_a_site_and_really_stored_as_int8(name):
     assert after.byte_count() == kept + integers + sum(t.shape[0] * 4 for t in freed)
     record = after.history[-1]
     assert (record.bytes_before, record.bytes_after) == (before.byte_count(), after.byte_count())
+
+
+def blocks(program: Program) -> dict[str, list]:
+    return {path: stored(program, node, 1)[3] for path, node in by_path(program).items()}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_groups_of_heads_follow_the_heads(groups):
+    before = canonical_program("bert")
+    originals = float_weights(before)
+    after = apply(before, weights=by_heads(groups))
+    size = before.nodes(ops.attention.default)[0].meta["val"].shape[-1] // groups
+    for path, block in blocks(after).items():
+        columns = path.endswith("attention.output.dense")
+        assert block == ([-1, size] if columns else [size, -1])
+        q, scale, _, _ = stored(after, by_path(after)[path], 1)
+        # Each slice of a head is rounded as if it stood alone.
+        whole = originals[path]
+        parts = whole.split(size, 1 if columns else 0)
+        absmax = torch.stack([part.abs().max() for part in parts])
+        assert torch.equal(scale.flatten(), absmax / 127)
+        assert q.shape == whole.shape
+    assert len(site_paths(after)) == len(originals)
+
+
+def test_heads_of_a_fused_weight_have_scales_of_their_own():
+    before = canonical_program("gpt2")
+    size = before.nodes(ops.attention.default)[0].meta["val"].shape[-1]
+    after = apply(before, weights=by_heads(1))
+    found = blocks(after)
+    fused = {path: block for path, block in found.items() if path.endswith("c_attn")}
+    assert fused
+    assert all(block == [size, -1] for block in fused.values())
+    assert {tuple(block) for path, block in found.items() if path.endswith("attn.c_proj")} == {
+        (-1, size)
+    }
+
+
+def test_without_heads_or_where_groups_do_not_divide_them_nothing_is_rounded():
+    mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    plain = manager().run(capture_program(mlp, (torch.randn(2, 8),)), [Canonicalize()])
+    for program, groups in ((plain, 1), (canonical_program("bert"), 3)):
+        with pytest.warns(UserWarning, match="changed nothing"):
+            after = manager().run(program, [Quantize(weights=by_heads(groups))])
+        reason = f"no head of attention was found that {groups} groups divide"
+        assert reason in refusals(after).values()
+        assert float_weights(after).keys() == float_weights(program).keys()
+
+
+@pytest.mark.parametrize("groups", [None, 0])
+def test_heads_need_their_number_of_groups(groups):
+    with pytest.raises(RecipeError, match="granularity 'head' needs groups_per_head"):
+        by_heads(groups)
+
+
+def test_passes_that_do_not_see_the_program_take_no_heads():
+    for build in (lambda: Choice(by_heads(1)), lambda: AwqScale(weights=by_heads(1))):
+        with pytest.raises(RecipeError, match="takes no granularity 'head'"):
+            build()
+
+
+def by_heads(groups: int | None) -> WeightOptions:
+    return WeightOptions(granularity="head", groups_per_head=groups)
 
 
 def test_nothing_else_is_changed():
