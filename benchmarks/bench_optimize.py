@@ -1,6 +1,7 @@
 """What `optimize` itself costs: time and peak memory for 2, 8 and 32 layers.
 
-    python benchmarks/bench_optimize.py [--layers 2 8 32] [--width 1024] [--dtype bfloat16] [--json out]
+    python benchmarks/bench_optimize.py [--layers 2 8 32] [--width 1024] [--dtype bfloat16]
+        [--inplace] [--json out]
 
 Each run is a process of its own, with verification as it is by default. Memory is the peak of
 resident memory less file pages (code that was used for the first time, and with `inplace` the
@@ -58,7 +59,8 @@ optimized = fxopt.optimize(model, "w8a8-dynamic", inplace=inplace, progress=tell
 seconds, used = time.perf_counter() - started, time.process_time() - used
 done = True; watcher.join()
 seconds_by_pass = {r.name: r.seconds for r in optimized.report.history}
-print(json.dumps({"layers": layers, "inplace": inplace, "dtype": sys.argv[4], "model_mb": size / 1e6,
+print(json.dumps({"layers": layers, "inplace": inplace, "dtype": sys.argv[4],
+    "model_mb": size / 1e6,
     "seconds": seconds, "cpu_seconds": used, "peak_over_model": 1 + (peak - before) / size,
     "program_mb": optimized.program.byte_count() / 1e6,
     "lowered_mb": optimized.lowered.byte_count() / 1e6,
