@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Program, module_path
 from fxopt.ir.runner import Runner
 from fxopt.ir.stored_codes import is_stored_weight, stored_values, stored_weights
+from fxopt.ir.timing import time_by_turns
 from fxopt.rewrite.driver import apply_rules, erase_dead
 from fxopt.rewrite.pattern import Match
 from fxopt.rewrite.rule import Rule
@@ -224,21 +224,8 @@ def alternate(before: Callable[[], Any], after: Callable[[], Any]) -> tuple[floa
 
     The fastest call is the one that other work on the machine disturbed least.
     """
-    best = [math.inf, math.inf]
-    with torch.no_grad():
-        before()
-        after()
-        started = time.perf_counter()
-        calls = 0
-        while calls < _FEWEST_CALLS or time.perf_counter() - started < _ENOUGH_SECONDS:
-            calls += 1
-            for index, function in enumerate((before, after)):
-                begun = time.perf_counter()
-                function()
-                if torch.cuda.is_initialized():
-                    torch.cuda.synchronize()
-                best[index] = min(best[index], time.perf_counter() - begun)
-    return best[0] * 1e6, best[1] * 1e6
+    old, new = time_by_turns((before, after), _FEWEST_CALLS, _ENOUGH_SECONDS)
+    return min(old) * 1e6, min(new) * 1e6
 
 
 def _key(mini: Program, rule: Rule) -> str:
