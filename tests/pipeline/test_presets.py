@@ -1,6 +1,8 @@
 import pytest
 import torch
+import transformers as hf
 
+import fxopt
 from fxopt.errors import RecipeError
 from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.quantization.options import WeightOptions
@@ -72,6 +74,35 @@ def test_what_runs_before_quantize_runs_before_every_pass_that_rounds(name, roun
     with pytest.raises(RecipeError, match=f"{name} must run before {rounding}; exchange them"):
         Recipe.resolve(["canonicalize", rounding, name])
     Recipe.resolve(["canonicalize", name, rounding])
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("w8a8-llm-int8", ["llm-int8", "quantize"]),
+        ("w8a8-static-peg", ["peg", "quantize"]),
+        ("w8a8-static-mixed", ["quantize", "mixed-precision"]),
+        ("w4a16-qbert", ["gptq", "quantize"]),
+    ],
+)
+def test_presets_of_methods_store_every_linear_and_the_embeddings(name, passes):
+    assert [item.name for item in presets()[name].build()[1:]] == passes
+    torch.manual_seed(0)
+    data = [{"input_ids": torch.randint(99, (4, 9))} for _ in range(4)]
+    # 6 groups need a width that they divide.
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6}
+    model = hf.BertModel(hf.BertConfig(**sizes, num_hidden_layers=1, vocab_size=99)).eval()
+    program = fxopt.optimize(model, name, calibration=data, progress=False).program
+    for target, place in ((aten.linear.default, 1), (aten.embedding.default, 0)):
+        found = program.nodes(target)
+        assert found
+        assert all(is_stored_weight(node.args[place]) for node in found)
+
+
+def test_groups_of_peg_are_those_that_quantize_gives_a_scale():
+    peg, quantize = presets()["w8a8-static-peg"].build()[1:]
+    assert peg.groups == quantize.activations.groups == 6
+    assert quantize.activations.granularity == "embedding_group"
 
 
 def test_nf4_is_in_groups_of_64_and_the_rest_in_int8():
