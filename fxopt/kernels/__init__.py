@@ -34,6 +34,7 @@ if __name__ == "fxopt.kernels":
         linear_w4a16,
         linear_w8a8,
         linear_w8a16,
+        norm_quantize,
         quantize_per_token,
     )
     from fxopt.kernels.activation import ACTIVATIONS
@@ -59,5 +60,6 @@ __all__ = [
     "linear_w8a8",
     "linear_w8a16",
     "native_status",
+    "norm_quantize",
     "quantize_per_token",
 ]

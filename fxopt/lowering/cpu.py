@@ -10,6 +10,7 @@ from fxopt.lowering.elementwise import (
 )
 from fxopt.lowering.feed_forward import GatedMlp, Mlp
 from fxopt.lowering.four_bit import FourBitLinear
+from fxopt.lowering.norm_quantize import QuantizeInNorm
 from fxopt.lowering.pre_scale import DynamicPreScale, StaticPreScale
 from fxopt.lowering.quantized import (
     DynamicLinear,
@@ -40,3 +41,4 @@ ELEMENTWISE: tuple[LoweringRule, ...] = (
     GeluGate(),
 )
 BLOCKS: tuple[LoweringRule, ...] = (GatedMlp(), Mlp())
+PRODUCERS: tuple[LoweringRule, ...] = (QuantizeInNorm(),)

@@ -74,6 +74,7 @@ class Mlp(LoweringRule):
     """`down(act(up(x)))`: the activation is quantized where it is made, in one kernel."""
 
     kernel = "dynamic_mlp_w8a8"
+    joins = True
 
     def pattern(
         self,
