@@ -48,6 +48,11 @@ INT8_TOKENS = {
     "quantize": {"weights": None, "activations": {"dtype": "int8", "granularity": "token"}, **HEAD}
 }
 
+ASYMMETRIC = {"granularity": "token", "symmetric": False}
+ROWS = {"granularity": "block", "block_size": [16, -1]}
+# Of the two models of this benchmark: ZeroQuant rounds the feed-forward to four bits.
+FEED_FORWARD = ["*.intermediate.dense", "encoder.layer.?.output.dense", "*.mlp.*"]
+
 
 def static(**options: Any) -> dict[str, Any]:
     """int8 weights per channel, and activations rounded by scales from calibration."""
@@ -76,6 +81,14 @@ RECIPES: dict[str, list[Any]] = {
     ],
     "W8A8 static, peg with 6 groups": ["peg", static(granularity="embedding_group")],
     "W8A8 static, mixed precision keeps 10": [static(), "mixed-precision"],
+    "W8A8 per token, weights per channel": [{"quantize": {"activations": ASYMMETRIC, **HEAD}}],
+    "W8A8 per token, zeroquant": [
+        {"quantize": {"weights": ROWS, "activations": ASYMMETRIC, **HEAD}},
+    ],
+    "W4/8A8 per token, zeroquant": [
+        {"quantize": {"weights": GROUP, "activations": ASYMMETRIC, "include": FEED_FORWARD}},
+        {"quantize": {"weights": ROWS, "activations": ASYMMETRIC, **HEAD}},
+    ],
     "W8A8 per token, llm-int8": [{"llm-int8": HEAD}],
     "W8A8 per token, llm-int8 dynamic": [{"llm-int8": {"outliers": "dynamic", **HEAD}}],
     "5.5 bits, allocated by output error": allocated("output"),

@@ -28,6 +28,7 @@ _ENOUGH_SECONDS = 0.02
 # On a busy machine any single measurement can be spoilt: a kernel is turned down only when it
 # loses this many times in a row.
 _TRIALS = 3
+_UNDECIDED = "nothing was decided on it when the model was saved"
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ class SpeedGate:
         """Why the kernel is not used at this site, or None."""
         if not self.enabled or rule.patience == math.inf:
             return None
-        mini, leaves = extract(program, match)
+        mini, leaves = extract(program, match, rule.kept(match))
         key = _key(mini, rule)
         if key not in self.decisions:
             if self.frozen:
-                return None
+                return _UNDECIDED if rule.joins and self.decisions else None
             self.decisions[key] = self._time(program, mini, leaves, rule, key)
         if self.decisions[key]:
             self.sites.append((module_path(match.root), rule.name, key))
@@ -134,8 +135,13 @@ class SpeedGate:
         return Timing(tuple(old), tuple(new))
 
 
-def extract(program: Program, match: Match) -> tuple[Program, list[Node]]:
-    """The matched part as a program of its own, and the nodes that feed it."""
+def extract(
+    program: Program, match: Match, kept: Sequence[Node] = ()
+) -> tuple[Program, list[Node]]:
+    """The matched part as a program of its own, and the nodes that feed it.
+
+    It returns the match's root, and `kept`, which a kernel has to return as well.
+    """
     leaves: list[Node] = []
     order: list[Node] = []
 
@@ -161,7 +167,7 @@ def extract(program: Program, match: Match) -> tuple[Program, list[Node]]:
     for node in order:
         if node not in copies:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.output((copies[match.root],))
+    graph.output((copies[match.root], *(copies[node] for node in kept)))
     mini = Program(GraphModule(program.graph_module, graph), program.signature, program.level)
     return mini, leaves
 

@@ -132,6 +132,8 @@ def _apply_table(lowered: Lowered, original: Program, gate: SpeedGate, target: s
     _apply(lowered, gate, (*cpu.PROLOGUES, *cpu.EPILOGUES))
     lowered.sites += merge_siblings(lowered.program, original)
     _apply(lowered, gate, cpu.BLOCKS)
+    # Last: a merged linear reads its norm alone, and one in a block does not read its codes.
+    _apply(lowered, gate, cpu.PRODUCERS)
 
 
 def _apply(lowered: Lowered, gate: SpeedGate, rules: Sequence[LoweringRule]) -> None:
@@ -158,6 +160,9 @@ class _Timed(LoweringRule):
 
     def condition(self, program: Program, match: Match) -> bool:
         return self.rule.condition(program, match)
+
+    def kept(self, match: Match) -> tuple[Node, ...]:
+        return self.rule.kept(match)
 
     def check(self, program: Program, match: Match) -> str | None:
         return self.rule.check(program, match) or self.gate.refuse(program, self.rule, match)

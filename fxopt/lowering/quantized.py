@@ -233,3 +233,16 @@ class FuseRelu(_FuseActivation):
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         return self._with(build, match, "relu")
+
+
+class FuseSilu(_FuseActivation):
+    """`silu(linear)` in one kernel; a gate's is taken with the product it gates."""
+
+    def pattern(self, op: PatternOperators) -> Any:
+        return op.silu(self._linear(op))
+
+    def condition(self, program: Program, match: Match) -> bool:
+        return not any(user.target is aten.mul.Tensor for user in match.root.users)
+
+    def rewrite(self, build: Builder, match: Match) -> Node:
+        return self._with(build, match, "silu")

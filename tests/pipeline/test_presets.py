@@ -5,7 +5,7 @@ import transformers as hf
 import fxopt
 from fxopt.errors import RecipeError
 from fxopt.ir.stored_codes import is_stored_weight
-from fxopt.passes.quantization.options import WeightOptions
+from fxopt.passes.quantization.options import ActivationOptions, WeightOptions
 from fxopt.pipeline.recipe import Recipe, presets
 from tests.models import optimize_zoo
 
@@ -15,7 +15,17 @@ FEW_BITS = ["w4a16-nf4", "w3-gobo"]
 
 @pytest.mark.parametrize(
     "name",
-    ["canonical", "w8a8-dynamic", "w8a8-static", "w8a16", "kv8", "kivi4", "kivi2", *FEW_BITS],
+    [
+        "canonical",
+        "w8a8-dynamic",
+        "w8a8-static",
+        "w8a16",
+        "zeroquant",
+        "kv8",
+        "kivi4",
+        "kivi2",
+        *FEW_BITS,
+    ],
 )
 def test_presets_build(name):
     recipe = presets()[name]
@@ -39,6 +49,25 @@ def test_quantized_presets_say_what_their_name_says(name, granularity):
         assert options["activations"] is None
     else:
         assert options["activations"]["granularity"] == granularity
+
+
+def test_zeroquant_is_in_groups_of_rows_and_the_rest_per_channel():
+    _, first, rest = presets()["zeroquant"].build()
+    assert first.weights == WeightOptions(granularity="block", block_size=(16, -1))
+    assert (first.embeddings, first.exclude) == (None, ("lm_head",))
+    assert rest.weights == rest.embeddings.as_weight() == WeightOptions("int8", "channel")
+    assert first.activations == rest.activations == ActivationOptions(symmetric=False)
+    assert first.needs() == rest.needs() == ()
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "gemma3"])
+def test_zeroquant_leaves_no_linear_in_floating_point(model):
+    optimized = optimize_zoo(model, "zeroquant", target="reference")
+    for node in optimized.program.nodes(aten.linear.default):
+        assert is_stored_weight(node.args[1])
+        assert node.args[0].target is torch.ops.fxopt.dequantize.default
+    details = {site.detail for record in optimized.report.history for site in record.sites}
+    assert "int8 weight per group of 16 rows, int8 activation per token" in details
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("kv8", "int8"), ("kivi4", "int4"), ("kivi2", "int2")])
