@@ -38,7 +38,7 @@ LENGTH, CHUNK, BATCH = 512, 64, 4
 CACHES: dict[str, dict[str, Any] | None] = {
     "float32": None,
     "int8": {"dtype": "int8"},
-    "fp8": {"dtype": "fp8"},
+    "fp8": {"dtype": "fp8_e4m3"},
     "int4": {"dtype": "int4"},
     "int2": {"dtype": "int2"},
     "int8, fp16 scales": {"dtype": "int8", "scales": "float16"},

@@ -72,6 +72,7 @@ RECIPES: dict[str, list[Any]] = {
     "W8A8 static": [static()],
     "W8A8 static, moving average": [static(observer="moving_average")],
     "W8A8 static, percentile 99.99": [static(observer="percentile")],
+    "W8A8 static, percentile 99.999": [static(observer="percentile", percentile=99.999)],
     "W8A8 static, mse": [static(observer="mse")],
     "W8A8 static, kl": [static(observer="kl")],
     "W8A8 static, symmetric": [static(symmetric=True)],

@@ -18,6 +18,7 @@ from fxopt.ir.diff import Diff
 from fxopt.ir.diff import diff as diff_programs
 from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Program
+from fxopt.ir.signature import SizeRange
 from fxopt.lowering import Lowered, LoweringOptions, lower, resolve_target
 from fxopt.lowering.call import lowered_call
 from fxopt.lowering.device import move_program
@@ -222,7 +223,7 @@ class _LazySamples:
     def few(self) -> list[Sequence[torch.Tensor]]:
         """Real inputs to measure quality on: some of the user's, or some prose; maybe none."""
         if self.calibration is not None:
-            return [sample.inputs for sample in self()[:2]]
+            return [self._few_rows(sample.inputs) for sample in self()[:2]]
         if self.tokenizer is None:
             return []
         texts = standard_texts(_NATURAL_TEXTS)
@@ -230,6 +231,14 @@ class _LazySamples:
             self.signature, texts, self.tokenizer, len(texts), _NATURAL_LENGTH, len(texts)
         )
         return [sample.inputs for sample in made]
+
+    def _few_rows(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        # Judging keeps what every linear gives, and logits: of a whole batch more than the model.
+        rows = max(_NATURAL_TEXTS, self.signature.ranges.get("batch", SizeRange()).low)
+        return [
+            value[:rows] if spec.shape[:1] == ("batch",) else value
+            for spec, value in zip(self.signature.inputs, inputs, strict=True)
+        ]
 
 
 def _tokenizer_of(model: nn.Module) -> Any:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt.analysis.execution import run
+from fxopt.api import _LazySamples
 from fxopt.errors import (
     CalibrationError,
     CaptureError,
@@ -29,7 +31,7 @@ from fxopt.ir.program import Level
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
 from fxopt.passes.quantization.quantize import ActivationOptions, Quantize
 from fxopt.pipeline.recipe import Recipe
-from tests.models import zoo_model
+from tests.models import canonical_program, zoo_model
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[1]
@@ -382,6 +384,21 @@ def test_progress_is_told_the_stages_in_order():
     details = [detail for stage, detail in told if stage == "quantize"]
     assert "calibration batch 2/2" in details
     assert {"up", "down"} <= set(details)
+
+
+def test_large_calibration_batches_are_judged_on_few_rows():
+    program = canonical_program("llama")
+    batches = [{"input_ids": torch.arange(3, 75).reshape(9, 8)}] * 3
+    samples = _LazySamples(program, Recipe.resolve(STATIC), batches, None)
+    judged = samples.few()
+    assert len(judged) == 2
+    names = [spec.name for spec in program.signature.inputs]
+    for inputs in judged:
+        assert {value.shape[0] for value in inputs} == {4}
+        ids = inputs[names.index("input_ids")]
+        assert torch.equal(ids, batches[0]["input_ids"][:4])
+        run(program, inputs)
+    assert {sample.inputs[0].shape[0] for sample in samples()} == {9}
 
 
 @pytest.mark.parametrize("mode", ["full", "fast", "off"])

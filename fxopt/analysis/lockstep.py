@@ -5,7 +5,7 @@ rewrites the node then sees the effect of its earlier rewrites in everything tha
 ("true sequential"), and the model runs over the data once, whatever the number of sites.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,15 +29,20 @@ class Lockstep:
         self.samples = samples
         self.values: list[dict[Node, Any]] = [{} for _ in samples]
         self.constant: dict[Node, Any] = {}  # what depends on weights alone, until its last use
+        self.needed: set[Node] = set()
 
     @torch.no_grad()
-    def run(self, visit: Callable[[Node], None]) -> None:
+    def run(self, visit: Callable[[Node], None], looked_at: Iterable[Node] | None = None) -> None:
         """Call `visit` before each call of the program, then compute it.
 
         Nodes that `visit` puts in front of the one it is given are computed as they are needed.
+        Where `looked_at` says at whose inputs `visit` looks, nothing is computed or held that
+        leads to none of them: logits and caches of all batches may be larger than the model.
         """
         order = list(self.program.graph.nodes)
-        last = _last_uses(order)
+        readers = set(order) if looked_at is None else set(looked_at)
+        self.needed = _leading_to(order, readers)
+        last = _last_uses(order, self.needed | readers)
         self.begin()
         for node in order:
             if node.op == "call_function":
@@ -71,7 +76,7 @@ class Lockstep:
         """
         order = list(self.program.graph.nodes)
         order = order[order.index(start) :]
-        last = _last_uses(order)
+        last = _last_uses(order, set(order))
         for values in self.values:
             made: dict[Node, Any] = {}
             for node in order:
@@ -94,8 +99,8 @@ class Lockstep:
             values.update(zip(inputs, sample.inputs, strict=True))
 
     def compute(self, node: Node) -> None:
-        """Compute a node as it is now, unless that was done already."""
-        if node in self.constant or node in self.values[0]:
+        """Compute a node as it is now, unless that was done already or nothing needs it."""
+        if node not in self.needed or node in self.constant or node in self.values[0]:
             return
         made: dict[Node, Any] = {}  # what was put in front of this node, from weights alone
         if self._from_weights(node):
@@ -139,11 +144,20 @@ class Lockstep:
                 known.pop(node, None)
 
 
-def _last_uses(order: Sequence[Node]) -> dict[Node, list[Node]]:
-    """For each node, the values that nothing after it reads."""
+def _leading_to(order: Sequence[Node], readers: Collection[Node]) -> set[Node]:
+    """The nodes from which there is a way to some others."""
+    found: set[Node] = set()
+    for node in reversed(order):
+        if node in found or node in readers:
+            found.update(node.all_input_nodes)
+    return found
+
+
+def _last_uses(order: Sequence[Node], readers: Collection[Node]) -> dict[Node, list[Node]]:
+    """For each node, the values that no reader after it reads."""
     last: dict[Node, Node] = {}
     for node in order:
-        for source in node.all_input_nodes:
+        for source in node.all_input_nodes if node in readers else ():
             last[source] = node
     found: dict[Node, list[Node]] = {}
     for source, node in last.items():

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fxopt.ir.operators.cache  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from fxopt.errors import InputError, LoadError
+from fxopt.ir.operators.cache import TOKEN_FORMATS
 
 _BITS = {"int4": 4, "int2": 2}
-_DTYPES = ("", "int8", "fp8", "int4", "int2")
+_DTYPES = ("", *TOKEN_FORMATS, *_BITS)
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class StateForm:
 
     dtype        tensors
     "" (dense)   [B, H, T, D]
-    int8, fp8    values [B, H, T, D], scale [B, H, T, 1]
+    int8, fp8_*  values [B, H, T, D], scale [B, H, T, 1]
     int4, int2   packed [B, H, N, W, D b / 8], scale and minimum [B, H, N, W / G, D] per channel or
                  [B, H, N, W, D / G] per token, residual [B, H, r, D] with r < W
 

@@ -1,7 +1,7 @@
 """How far two programs are apart: SQNR, relative error and, for logits, KL and agreement."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from fxopt.ir.program import Program
 from fxopt.passes.base import PassResult
 
 Inputs = Sequence[Tensor]
+_SLAB_ELEMENTS = 1 << 22
 
 
 @dataclass
@@ -110,20 +111,20 @@ def measure(
     for sample in inputs:
         old, new = run(before, sample), run(after, moved(sample))
         for index in range(count):
-            a, b = (real_parts(promote(value[index])) for value in (old, new))
-            if not a.is_floating_point():
-                agreements.setdefault(index, []).append(_agreement(a, b))
-                continue
-            finite = torch.isfinite(a)
-            if not same_where_not_finite(b, a, finite):
-                noise[index] = math.inf
-                continue
-            signal[index] += float(torch.where(finite, a, 0.0).square().sum())
-            noise[index] += float(torch.where(finite, a - b, 0.0).square().sum())
-            if is_logits(specs[index]) and a.dim() >= 2:
-                kls.append(divergence(a, b).flatten())
-                same = _agreement(a.argmax(-1), b.argmax(-1))
-                agreements.setdefault(index, []).append(same)
+            for a, b in _slabs(old[index], new[index]):
+                if not a.is_floating_point():
+                    agreements.setdefault(index, []).append(_agreement(a, b))
+                    continue
+                finite = torch.isfinite(a)
+                if not same_where_not_finite(b, a, finite):
+                    noise[index] = math.inf
+                    break
+                signal[index] += float(torch.where(finite, a, 0.0).square().sum())
+                noise[index] += float(torch.where(finite, a - b, 0.0).square().sum())
+                if is_logits(specs[index]) and old[index].dim() >= 2:
+                    kls.append(divergence(a, b).flatten())
+                    same = _agreement(a.argmax(-1), b.argmax(-1))
+                    agreements.setdefault(index, []).append(same)
     outputs = {
         specs[i].name: _decibels(signal[i], noise[i])
         for i in range(count)
@@ -142,6 +143,17 @@ def measure(
             spec.dtype.is_floating_point or spec.dtype.is_complex for spec in specs[:count]
         ),
     )
+
+
+def _slabs(old: Tensor, new: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two outputs in float64, some rows at a time: logits of many tokens exceed the model."""
+    if old.shape != new.shape or old.dim() < 2 or old.numel() <= _SLAB_ELEMENTS:
+        yield real_parts(promote(old)), real_parts(promote(new))
+        return
+    rows = max(1, _SLAB_ELEMENTS // old.shape[-1])
+    slabs = (value.reshape(-1, value.shape[-1]).split(rows) for value in (old, new))
+    for a, b in zip(*slabs, strict=True):
+        yield real_parts(promote(a)), real_parts(promote(b))
 
 
 def _agreement(a: Tensor, b: Tensor) -> Tensor:

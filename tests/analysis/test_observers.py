@@ -1,5 +1,7 @@
 """Observers: the histogram does not depend on batches, and ranges keep what they promise."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,6 +131,39 @@ def test_ranges_by_error_and_by_distribution_cut_off_a_lone_outlier():
     ):
         assert 3 < high < 90
         assert -90 < low < -2
+
+
+def kl_by_loops(x: Tensor, levels: int) -> dict[float, float]:
+    """The divergence of each threshold, spelled out as in the talk, level by level."""
+    width = 2.0 ** math.ceil(math.log2(float(x.abs().max()))) / HALF
+    counts = [0] * HALF
+    for value in x.abs().tolist():
+        counts[min(int(value / width), HALF - 1)] += 1
+    used = max(index for index, count in enumerate(counts) if count) + 1
+    found: dict[float, float] = {}
+    for end in {round(float(e)) for e in torch.linspace(used, levels, 256)}:
+        p = [float(count) for count in counts[:end]]
+        p[-1] += sum(counts[end:])
+        q = [0.0] * end
+        for level in range(levels):
+            bins = range(-(-level * end // levels), -(-(level + 1) * end // levels))
+            held = [i for i in bins if counts[i]]
+            for i in held:
+                q[i] = sum(counts[i] for i in held) / len(held)
+        both = [(a / sum(p), max(b / max(sum(q), 1), 1e-9)) for a, b in zip(p, q, strict=True)]
+        found[end * width] = sum(a * math.log(a / b) for a, b in both if a)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kl_chooses_what_the_loops_of_its_source_choose(seed):
+    x = values(seed, 1.0, 3000)
+    low, high = kl_range(histogram(x), 16)
+    divergences = kl_by_loops(x, 16)
+    least = min(divergences.values())
+    threshold = max(t for t, d in divergences.items() if d == pytest.approx(least, abs=1e-12))
+    assert high == min(float(x.max()), threshold)
+    assert low == max(float(x.min()), -threshold)
 
 
 def test_kl_keeps_a_clean_range():

@@ -15,7 +15,7 @@ from fxopt.ir.state_form import StateForm
 ops = torch.ops.fxopt
 HEADS, WIDTH, GROUP, WINDOW = 2, 8, 4, 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOKEN = [StateForm("int8"), StateForm("fp8")]
+TOKEN = [StateForm("int8"), StateForm("fp8_e4m3"), StateForm("fp8")]
 GROUPED = [
     StateForm(dtype, GROUP, WINDOW, per_channel)
     for dtype in ("int4", "int2")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import fxopt.pipeline.measure
 from fxopt.capture import capture_program
 from fxopt.errors import NotEquivalentError, PassError, QualityFloorError
 from fxopt.ir.program import Program, Site, module_path
@@ -315,6 +316,18 @@ def test_measure_of_a_program_against_itself_is_perfect():
     assert measured.sqnr_db == math.inf
     assert measured.kl == 0
     assert measured.top1 == 1
+
+
+def test_a_measure_some_rows_at_a_time_is_that_of_all_rows(monkeypatch):
+    program = canonical_program("llama")
+    quantized = manager_for(program, mode="off").apply(program, Quantize(WeightOptions("int4")))
+    whole = measure(program, quantized, program.examples[1:3])
+    monkeypatch.setattr(fxopt.pipeline.measure, "_SLAB_ELEMENTS", 150)  # of 99 logits each
+    by_rows = measure(program, quantized, program.examples[1:3])
+    assert by_rows.kl == pytest.approx(whole.kl, rel=1e-12)
+    assert by_rows.sqnr_db == pytest.approx(whole.sqnr_db, rel=1e-12)
+    assert by_rows.top1 == whole.top1
+    assert 0 < whole.kl < math.inf
 
 
 def test_measures_do_not_overlook_nan_and_opposite_infinities():

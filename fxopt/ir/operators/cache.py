@@ -13,8 +13,9 @@ from fxopt.ir.number_formats import FORMATS
 from fxopt.ir.operators.packing import pack_codes, unpack_codes
 from fxopt.ir.operators.registration import define
 
-# How a token's numbers are held, by what a recipe calls it.
-TOKEN_FORMATS = {"int8": FORMATS["int8"], "fp8": FORMATS["fp8_e4m3"]}
+# How a token's numbers are held, by what a recipe calls it; folders of before say "fp8".
+TOKEN_FORMATS = {name: FORMATS[name] for name in ("int8", "fp8_e4m3")}
+TOKEN_FORMATS["fp8"] = FORMATS["fp8_e4m3"]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -12,11 +12,18 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, eye_array, kron
 
+from fxopt.errors import PassError
+
+_INFEASIBLE = 2  # scipy's status
 Matrix = NDArray[np.float64]
 
 
 def assign(loss: Matrix, price: Matrix, limit: float) -> NDArray[np.intp] | None:
-    """The choice of each site, [sites]; None where even the cheapest choices exceed the limit."""
+    """The choice of each site, [sites]; None where even the cheapest choices exceed the limit.
+
+    Raises:
+        PassError: the solver gave up; what it said is in the message.
+    """
     sites, choices = loss.shape
     if price.min(1).sum() > limit:
         return None
@@ -34,8 +41,13 @@ def assign(loss: Matrix, price: Matrix, limit: float) -> NDArray[np.intp] | None
             LinearConstraint(within, -np.inf, limit / unit),
         ],
     )
-    if found.x is None:
+    if found.status == _INFEASIBLE:
         return price.argmin(1)  # the limit is met by nothing but the cheapest, within rounding
+    if found.x is None:
+        raise PassError(
+            f"the integer program over {sites} sites of {choices} choices was not solved: "
+            f"{found.message} Ask for fewer choices, or for another budget."
+        )
     chosen = found.x.reshape(sites, choices).argmax(1)
     return chosen if total(price, chosen) <= limit * (1 + 1e-9) else price.argmin(1)
 

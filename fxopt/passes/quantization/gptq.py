@@ -80,7 +80,7 @@ class Gptq(Pass):
         """Round every selected linear while the calibration data flows through the program."""
         mark_heads(program, self.weights)
         rounding = _Rounding(self, program, context)
-        rounding.lockstep.run(rounding.visit)
+        rounding.lockstep.run(rounding.visit, rounding.rounded())
         return PassResult(
             tuple(rounding.sites), tuple(rounding.refusals), tuple(dict.fromkeys(rounding.notes))
         )
@@ -106,13 +106,9 @@ class _Rounding:
             return
         path = module_path(node)
         settings = self.settings
-        reason = not_selected(node, settings.include, settings.exclude)
-        options = weight_options(node, settings.weights)
-        if options is None:
-            reason = reason or "allocate-bits leaves it in floating point"
-        reason = reason or unquantizable(self.program, node, options)
-        if reason is not None or options is None:
-            self.refusals.append(Refusal(path or node.name, str(reason)))
+        options = self._options(node)
+        if isinstance(options, str):
+            self.refusals.append(Refusal(path or node.name, options))
             return
         settings.check_order(options)
         self.context.progress(path)
@@ -127,6 +123,20 @@ class _Rounding:
         node.update_arg(1, read_weight(build, stored, weight.meta["val"].dtype))
         if settings.bias_correction:
             correct_bias(self.program, build, node, weight, self._mean(node))
+
+    def rounded(self) -> list[Node]:
+        """The linears that will be rounded."""
+        linears = (node for node in self.program.graph.nodes if kind_of(node) == "linear")
+        return [node for node in linears if not isinstance(self._options(node), str)]
+
+    def _options(self, node: Node) -> WeightOptions | str:
+        """How a linear is stored, or why it is left alone."""
+        settings = self.settings
+        reason = not_selected(node, settings.include, settings.exclude)
+        options = weight_options(node, settings.weights)
+        if options is None:
+            return reason or "allocate-bits leaves it in floating point"
+        return reason or unquantizable(self.program, node, options) or options
 
     def _round(self, node: Node, name: str, options: WeightOptions) -> str:
         """Store the rounded weight, unless a tied linear did; what the report says of it."""

@@ -36,7 +36,7 @@ _NOTE = "the form of the cache changes: caches made by the original no longer fi
 class QuantizeCache(Pass):
     """Hold the key/value cache in 8 bits per token, or in 4 or 2 bits in groups (KIVI)."""
 
-    dtype: Literal["int8", "fp8", "int4", "int2"] = "int8"
+    dtype: Literal["int8", "fp8_e4m3", "fp8", "int4", "int2"] = "int8"
     group: int = 32
     window: int = 128
     scales: Literal["model", "float32", "float16"] = "model"
@@ -86,7 +86,7 @@ class QuantizeCache(Pass):
 
     def _form(self, state: CacheState) -> StateForm:
         if self.dtype in TOKEN_FORMATS:
-            return StateForm(self.dtype)
+            return StateForm(TOKEN_FORMATS[self.dtype].name)  # "fp8" is what recipes of before say
         # Groups of channels must divide a head; SmolLM2's 64 take 32, a head of 80 takes 16.
         group = math.gcd(self.group, state.width) if state.values else self.group
         return StateForm(self.dtype, group, self.window, per_channel=not state.values)

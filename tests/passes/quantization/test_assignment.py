@@ -1,11 +1,15 @@
 """The integer program: it meets its limit, and no other assignment within it loses less."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fxopt.errors import PassError
+from fxopt.passes.quantization import assignment
 from fxopt.passes.quantization.assignment import assign, total
 
 seeds = st.integers(0, 100_000)
@@ -80,3 +84,22 @@ def test_below_the_cheapest_there_is_nothing_and_equal_losses_take_the_cheapest(
     assert assign(np.ones((2, 2)), price, 3.9) is None
     assert assign(np.array([[2.0, 1.0], [2.0, 1.0]]), price, 4).tolist() == [0, 0]
     assert assign(np.array([[2.0, 1.0], [2.0, 1.0]]), price, 7).tolist() == [1, 1]
+
+
+def solver_that_says(monkeypatch, status: int, message: str) -> None:
+    answer = SimpleNamespace(status=status, message=message, x=None)
+    monkeypatch.setattr(assignment, "milp", lambda *_, **__: answer)
+
+
+def test_only_an_infeasible_program_takes_the_cheapest(monkeypatch):
+    price = np.array([[1.0, 2.0], [3.0, 5.0]])
+    solver_that_says(monkeypatch, 2, "The problem is infeasible.")
+    assert assign(np.array([[2.0, 1.0], [2.0, 1.0]]), price, 7).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("status", [1, 3, 4])
+def test_a_solver_that_gives_up_is_told(monkeypatch, status):
+    price = np.array([[1.0, 2.0], [3.0, 5.0]])
+    solver_that_says(monkeypatch, status, "Time limit reached.")
+    with pytest.raises(PassError, match=r"2 sites of 2 choices .* Time limit reached"):
+        assign(np.array([[2.0, 1.0], [2.0, 1.0]]), price, 7)

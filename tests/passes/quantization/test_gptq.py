@@ -11,8 +11,9 @@ from fxopt.analysis.lockstep import Lockstep
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, module_path
 from fxopt.ir.stored_codes import is_stored_weight, stored_values
+from fxopt.passes.base import Context
 from fxopt.passes.quantization.compensation import compensated, hessian, output_error
-from fxopt.passes.quantization.gptq import Gptq
+from fxopt.passes.quantization.gptq import Gptq, _Rounding
 from fxopt.passes.quantization.grid import choose_grid
 from fxopt.passes.quantization.options import WeightOptions
 from fxopt.passes.quantization.quantize import Quantize
@@ -305,3 +306,27 @@ def test_lockstep_gives_what_the_program_gives():
             assert torch.allclose(seen[node.name][index], rows, atol=1e-5)
     left = [node for values in lockstep.values for node in values]
     assert len(left) < 0.2 * len(program.nodes())
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_what_no_rounded_linear_needs_is_neither_computed_nor_held(true_sequential):
+    program = canonical_program("llama").clone()
+    linears = program.nodes(aten.linear.default)
+    context = Context(samples=[Sample(example) for example in program.examples[:2]])
+    settings = Gptq(WeightOptions("int4"), exclude=("*lm_head",), true_sequential=true_sequential)
+    rounding = _Rounding(settings, program, context)
+    held: set[str] = set()
+
+    def visit(node):
+        rounding.visit(node)
+        held.update(n.name for n in rounding.lockstep.values[0] if n.op == "call_function")
+
+    rounding.lockstep.run(visit, rounding.rounded())
+    head, last = linears[-1], linears[-2]
+    assert [site.node for site in rounding.sites] == [node.name for node in linears[:-1]]
+    assert last.args[0].name in held
+    assert not held & {head.name, head.args[0].name, last.name}
+    caches = program.signature.cache.split(program.graph.output_node().args[0])
+    assert not {node.name for (node,) in caches} & {
+        node.name for node in rounding.lockstep.values[0]
+    }

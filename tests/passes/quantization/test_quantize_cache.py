@@ -17,8 +17,10 @@ from fxopt.errors import InputError, QualityFloorError, RecipeError
 from fxopt.ir.cache_names import CACHE_NAME
 from fxopt.ir.legality import check_program
 from fxopt.ir.program import Level, Program
+from fxopt.ir.state_form import StateForm
 from fxopt.ir.text import format_program
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
+from fxopt.passes.quantization import quantize_cache
 from fxopt.passes.quantization.quantize_cache import QuantizeCache
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.recipe import Recipe
@@ -32,7 +34,7 @@ aten, ops = torch.ops.aten, torch.ops.fxopt
 APPENDS = (ops.cache_append_token.default, ops.cache_append_group.default)
 READS = (ops.cache_read_token.default, ops.cache_read_group.default)
 WINDOW, GROUP = 8, 4
-TOKEN = [{"dtype": "int8"}, {"dtype": "fp8"}]
+TOKEN = [{"dtype": "int8"}, {"dtype": "fp8_e4m3"}]
 KIVI = [{"dtype": dtype, "group": GROUP, "window": WINDOW} for dtype in ("int4", "int2")]
 ALL = [*TOKEN, *KIVI]
 EVERY_CACHE = ["llama", "qwen2", "gpt2", "gemma3", "mistral", "t5", "bart"]
@@ -248,7 +250,7 @@ def test_decoding_token_by_token_fills_the_cache_of_one_prefill(options, dtype):
 def test_the_cost_is_measured_where_the_cache_is_read(options):
     program = canonical_program("llama")
     found = apply(program, Verifier(program.examples), **options).history[-1].verification
-    least = {"int8": 50, "fp8": 35, "int4": 25, "int2": 8}[options["dtype"]]
+    least = {"int8": 50, "fp8_e4m3": 35, "int4": 25, "int2": 8}[options["dtype"]]
     assert least < found["sqnr_db"] < 90
     assert len(found["layers"]) == 2
     assert all(decibels is not None for decibels in found["layers"].values())
@@ -379,7 +381,7 @@ def test_bytes_are_those_of_the_formula(options, length):
     width = config.hidden_size // config.num_attention_heads
     cache_object = optimized(tokens(batch, length))[CACHE_NAME]
     found = sum(layer.nbytes() for layer in cache_object.layers)
-    bits = {"int8": 8, "fp8": 8, "int4": 4, "int2": 2}[options["dtype"]]
+    bits = {"int8": 8, "fp8_e4m3": 8, "int4": 4, "int2": 2}[options["dtype"]]
     blocks = length if options in TOKEN else length // WINDOW * WINDOW
     elements = 2 * layers * batch * blocks * heads * width
     scales = elements / width * 4 if options in TOKEN else 2 * elements / GROUP * 4
@@ -447,6 +449,30 @@ def test_a_saved_model_goes_on_bit_by_bit(name, options, tmp_path):
     settings = {"max_new_tokens": 12, "do_sample": False}
     ids = tokens(2, 7)
     assert torch.equal(loaded.generate(ids, **settings), optimized.generate(ids, **settings))
+
+
+def test_the_name_of_before_gives_the_same_program():
+    program = canonical_program("llama")
+    found, named = (apply(program, dtype=dtype) for dtype in ("fp8", "fp8_e4m3"))
+    assert format_program(found) == format_program(named)
+    assert found.signature == named.signature
+
+
+def test_a_folder_that_says_fp8_loads_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize_cache, "StateForm", lambda *_: StateForm("fp8"))  # as it was made
+    recipe = {
+        "passes": ["canonicalize", {"quantize-cache": {"dtype": "fp8"}}],
+        "lowering": {"target": "reference"},
+    }
+    optimized = optimize_zoo("llama", recipe)
+    assert {form.dtype for form in optimized.signature.cache.states} == {"fp8"}
+    optimized.save_pretrained(tmp_path / "model")
+    loaded = fxopt.load(tmp_path / "model", target="reference")
+    assert loaded.signature == optimized.signature
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    ids = tokens(2, 7)
+    now = pair("llama", "fp8_e4m3")[1].generate(ids, **settings)
+    assert torch.equal(loaded.generate(ids, **settings), now)
 
 
 def test_the_options_are_those_of_the_dataclass():
