@@ -209,7 +209,7 @@ class _LazySamples:
         if self.made is None:
             data = self.calibration
             if data is None and self.tokenizer is not None:
-                data = standard_texts(self.settings.samples)
+                data = standard_texts(None if self.settings.joined else self.settings.samples)
             self.made = calibration_samples(
                 self.signature,
                 () if data is None else data,
@@ -217,6 +217,7 @@ class _LazySamples:
                 self.settings.samples,
                 self.settings.max_length,
                 self.settings.batch_size,
+                self.settings.joined,
             )
         return self.made
 
