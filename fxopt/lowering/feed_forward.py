@@ -1,5 +1,7 @@
 """A whole feed-forward block as one kernel, where its parts have become int8 kernels."""
 
+# ruff: noqa: D102 - a rule's methods are documented by Rule
+
 from typing import Any
 
 import torch

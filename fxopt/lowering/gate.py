@@ -16,10 +16,10 @@ from fxopt.ir.program import Program, module_path
 from fxopt.ir.runner import Runner
 from fxopt.ir.stored_codes import is_stored_weight, stored_values, stored_weights
 from fxopt.ir.timing import time_by_turns
+from fxopt.lowering.rule import LoweringRule
 from fxopt.rewrite.driver import apply_rules, erase_dead
 from fxopt.rewrite.pattern import Match
 from fxopt.rewrite.rule import Rule
-from fxopt.lowering.rule import LoweringRule
 
 ops = torch.ops.fxopt
 
@@ -81,7 +81,9 @@ class SpeedGate:
         detail = ""
         if timing is not None:
             pairs = zip(timing.before, timing.after, strict=True)
-            detail = ": " + ", ".join(f"{after:.0f} us against {before:.0f} us" for before, after in pairs)
+            detail = ": " + ", ".join(
+                f"{after:.0f} us against {before:.0f} us" for before, after in pairs
+            )
         return f"slower than what it replaces{detail}"
 
     def _time(

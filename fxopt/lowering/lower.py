@@ -1,6 +1,9 @@
 """Lower a program to a target: rules in order, each site timed, the rest run as it is."""
 
-from collections.abc import Mapping, Sequence, Set
+# ruff: noqa: D102 - a rule's methods are documented by Rule
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,7 +177,7 @@ class _Timed(LoweringRule):
 class KeepFloating(LoweringRule):
     """A linear without an integer kernel runs in floating point, on the stored integers' values."""
 
-    def __init__(self, only: Set[str] | None = None) -> None:
+    def __init__(self, only: AbstractSet[str] | None = None) -> None:
         self.only = only
 
     def pattern(

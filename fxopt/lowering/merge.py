@@ -70,8 +70,7 @@ def _row_shape(part: Any) -> tuple[Any, ...] | None:
 def _mergeable(parts: Sequence[Any]) -> bool:
     # A weight that others read too (a tied one) must stay where it is.
     return all(
-        part is None
-        or (isinstance(part, Node) and part.op == "get_attr" and len(part.users) == 1)
+        part is None or (isinstance(part, Node) and part.op == "get_attr" and len(part.users) == 1)
         for part in parts
     )
 
@@ -107,7 +106,9 @@ def _stack(build: Builder, original: Program, parts: list[Any]) -> Node | None:
     values = [build.program.weight(name) for name in names]
     merged = torch.cat(values)
     held = original.weights()
-    for name, value, rows in zip(names, values, merged.split([len(v) for v in values]), strict=True):
+    for name, value, rows in zip(
+        names, values, merged.split([len(v) for v in values]), strict=True
+    ):
         build.program.set_weight(name, rows)
         if name in held and held[name].shape == value.shape:
             original.set_weight(name, rows)

@@ -8,6 +8,8 @@ Shapes: s [..., D]; where s is a sum that nothing else computes, the operator ta
 Source: Yao et al., ZeroQuant, NeurIPS 2022, arXiv:2206.01861 (quantization fused into norms).
 """
 
+# ruff: noqa: D102 - a rule's methods are documented by Rule
+
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,9 +92,7 @@ class QuantizeInNorm(LoweringRule):
             return [rms, op.layer_norm(source, shape, gain, shift, eps, ...)]
 
         found = [*norms(total), added, *norms(x)]
-        return [
-            op.call(ops.dynamic_linear_w8a8, op.named("norm", norm), *parts) for norm in found
-        ]
+        return [op.call(ops.dynamic_linear_w8a8, op.named("norm", norm), *parts) for norm in found]
 
     def condition(self, program: Program, match: Match) -> bool:
         norm = _norm_of(match.bindings)

@@ -1,7 +1,9 @@
 """Rules that turn quantize/dequantize around an operator into one integer kernel."""
 
-import operator
+# ruff: noqa: D102 - a rule's methods are documented by Rule
+
 import math
+import operator
 from typing import Any
 
 import torch

@@ -321,7 +321,9 @@ def test_a_kernel_that_computes_something_else_is_caught(monkeypatch):
     kernel = KERNELS["add_layer_norm"]
     right = kernel.reference
     monkeypatch.setattr(kernel, "reference", lambda *args: right(*args) * 1.05)
-    with pytest.raises(LoweringError, match=r"add_layer_norm\S* at encoder.layer.0.attention.output"):
+    with pytest.raises(
+        LoweringError, match=r"add_layer_norm\S* at encoder.layer.0.attention.output"
+    ):
         check(program, lowered)
 
 
@@ -830,7 +832,11 @@ class One(nn.Module):
         (TOKEN, [(100.0, 104.0)], False),
         (None, [(100.0, 145.0)], True),  # the alternative is a weight in floating point
         (None, [(100.0, 155.0)], False),
-        (TOKEN, [(100.0, 200.0), (100.0, 40.0)], True),  # 2x slower at one shape, 2.5x faster at the other
+        (
+            TOKEN,
+            [(100.0, 200.0), (100.0, 40.0)],
+            True,
+        ),  # 2x slower at one shape, 2.5x faster at the other
         (TOKEN, [(100.0, 300.0), (100.0, 40.0)], False),
         (TOKEN, [(10.0, 90.0)] * 4 + [(10.0, 5.0)] * 2, True),  # disturbed twice, then fast
     ],

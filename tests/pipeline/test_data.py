@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fxopt import api
 from fxopt.errors import CalibrationError
+from fxopt.pipeline import lazy_samples
 from fxopt.pipeline.data import calibration_samples, joined_texts, standard_texts
 from fxopt.pipeline.recipe import Recipe, presets
 from tests.models import canonical_program, optimize_zoo
@@ -84,7 +85,7 @@ def test_a_recipe_says_whether_texts_are_joined(joined, length):
         "calibration": {"samples": 2, "max_length": 20, "batch_size": 1, "joined": joined},
     }
     with (
-        mock.patch.object(api, "calibration_samples", recorded),
+        mock.patch.object(lazy_samples, "calibration_samples", recorded),
         mock.patch.object(api, "_tokenizer_of", return_value=Words()),
     ):
         optimize_zoo("bert", recipe, calibration=["a b c d e f g"] * 9)

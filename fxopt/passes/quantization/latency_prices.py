@@ -4,9 +4,9 @@
 
 T_0 is the time of a call when every group takes the first choice, T(kind, c) that when the groups
 of one kind (weights of the same shapes) take choice c instead. Caches, merged kernels and what the
-speed gate turns down are then those of the program that will run. Kinds do not quite add up (kernels
-are fused across them), so the differences of a choice are stretched to give T(all, c) when all groups
-take it. Each T is timed by turns with T_0: a busy machine slows both.
+speed gate turns down are then those of the program that will run. Kinds do not quite add up
+(kernels are fused across them), so the differences of a choice are stretched to give T(all, c) when
+all groups take it. Each T is timed by turns with T_0: a busy machine slows both.
 """
 
 import math

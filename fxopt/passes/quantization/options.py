@@ -30,7 +30,7 @@ class WeightOptions:
     def __post_init__(self) -> None:
         self._check_size("group", "group_size", self.group_size, self.group_size or 0)
         # -1 is the whole axis: [16, -1] are groups of 16 rows.
-        smallest = min((1 if size == -1 else size for size in self.block_size or (0,)))
+        smallest = min(1 if size == -1 else size for size in self.block_size or (0,))
         self._check_size("block", "block_size", self.block_size, smallest)
         self._check_size("head", "groups_per_head", self.groups_per_head, self.groups_per_head or 0)
         _check_zero_point(self.format, self.symmetric)

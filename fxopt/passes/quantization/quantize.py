@@ -54,7 +54,6 @@ from fxopt.passes.quantization.weights import (
 )
 from fxopt.rewrite.builder import Builder
 
-
 # Tokens by which `range: output` judges.
 ROWS = 512
 
@@ -78,7 +77,9 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         if self.weights is None and self.activations is None and self.embeddings is None:
-            raise RecipeError("quantize has nothing to do: weights, activations and embeddings are null.")
+            raise RecipeError(
+                "quantize has nothing to do: weights, activations and embeddings are null."
+            )
         if self.bias_correction and self.weights is None:
             raise RecipeError(
                 "bias_correction makes up for rounded weights of linears and weights is null; set "

@@ -1,4 +1,4 @@
-"""Where quantization can act: which linears and embeddings a recipe selects, and what forbids it."""
+"""Where quantization can act: the linears and embeddings a recipe selects, and what forbids it."""
 
 import fnmatch
 from collections import Counter
@@ -83,9 +83,7 @@ def mark_heads(program: Program, asked: WeightOptions | None) -> None:
         node.meta[HEADS] = heads or next(iter(usual), None)
 
 
-def unquantizable(
-    program: Program, node: Node, options: WeightOptions | None = None
-) -> str | None:
+def unquantizable(program: Program, node: Node, options: WeightOptions | None = None) -> str | None:
     """Why the weight of a linear or embedding cannot be quantized, or None.
 
     Without `options` the weight is not divided into blocks.
