@@ -57,7 +57,7 @@ class LazySamples:
 
     def _few_rows(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         # Judging keeps what every linear gives, and logits: of a whole batch more than the model.
-        rows = max(_NATURAL_TEXTS, self.signature.ranges.get("batch", SizeRange()).low)
+        rows = max(_NATURAL_TEXTS // 2, self.signature.ranges.get("batch", SizeRange()).low)
         return [
             value[:rows] if spec.shape[:1] == ("batch",) else value
             for spec, value in zip(self.signature.inputs, inputs, strict=True)

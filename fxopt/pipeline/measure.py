@@ -15,7 +15,7 @@ from fxopt.ir.program import Program
 from fxopt.passes.base import PassResult
 
 Inputs = Sequence[Tensor]
-_SLAB_ELEMENTS = 1 << 22
+_SLAB_ELEMENTS = 1 << 20
 
 
 @dataclass
@@ -55,13 +55,15 @@ def rms_error(a: Tensor, b: Tensor) -> float:
     """rms(a - b) / rms(b) over the finite entries; inf where the others are not the same."""
     if b.numel() == 0:
         return 0.0
-    a, b = real_parts(a), real_parts(b)
-    finite = torch.isfinite(b)
-    if not same_where_not_finite(a, b, finite):
-        return math.inf
-    difference = torch.where(finite, a - b, 0.0)
-    scale = float(torch.where(finite, b, 0.0).square().mean().sqrt())
-    return float(difference.square().mean().sqrt()) / max(scale, 1e-30)
+    signal, noise, count = 0.0, 0.0, 0
+    for x, y in _slabs(a, b):
+        finite = torch.isfinite(y)
+        if not same_where_not_finite(x, y, finite):
+            return math.inf
+        signal += float(torch.where(finite, y, 0.0).square().sum())
+        noise += float(torch.where(finite, x - y, 0.0).square().sum())
+        count += y.numel()
+    return math.sqrt(noise / count) / max(math.sqrt(signal / count), 1e-30)
 
 
 def max_error(a: Tensor, b: Tensor) -> float:
@@ -109,7 +111,7 @@ def measure(
     kls: list[Tensor] = []
     agreements: dict[int, list[Tensor]] = {}
     for sample in inputs:
-        old, new = run(before, sample), run(after, moved(sample))
+        old, new = run(before, sample)[:count], run(after, moved(sample))[:count]
         for index in range(count):
             for a, b in _slabs(old[index], new[index]):
                 if not a.is_floating_point():
@@ -125,6 +127,7 @@ def measure(
                     kls.append(divergence(a, b).flatten())
                     same = _agreement(a.argmax(-1), b.argmax(-1))
                     agreements.setdefault(index, []).append(same)
+        del old, new  # before those of the next sample are there as well
     outputs = {
         specs[i].name: _decibels(signal[i], noise[i])
         for i in range(count)
@@ -181,10 +184,10 @@ def layer_decibels(
             seen[node.name] = value
 
     def compare(node: Node, value: Any) -> None:
-        old = seen.get(node.name)
+        old = seen.pop(node.name, None)
         if old is None or not isinstance(value, Tensor) or old.shape != value.shape:
             return
-        error = rms_error(promote(value), promote(old))
+        error = rms_error(value, old)
         known = 0 < error < math.inf
         decibels[paths[node.name]] = -20 * math.log10(error) if known else None
 
