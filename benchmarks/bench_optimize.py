@@ -1,6 +1,7 @@
 """What `optimize` itself costs: time and peak memory for 2, 8 and 32 layers, or of SmolLM2-135M.
 
-    python benchmarks/bench_optimize.py [--layers 2 8 32] [--width 1024] [--json out]
+    python benchmarks/bench_optimize.py [--layers 2 8 32] [--width 1024] [--dtype bfloat16]
+        [--inplace] [--json out]
     python benchmarks/bench_optimize.py --smollm2 [--recipe w4a16-gptq] [--threads 2]
 
 Each run is a process of its own, with verification as it is by default. Memory is the peak of
@@ -32,6 +33,7 @@ import fxopt, fxopt.kernels
 from fxopt.ir.memory import release_freed_memory
 import real_models
 asked = json.loads(sys.argv[1])
+dtype = getattr(torch, asked["dtype"])
 fxopt.kernels.ensure_native()
 if asked["threads"]:
     torch.set_num_threads(asked["threads"])
@@ -40,15 +42,16 @@ torch.manual_seed(0)
 small = hf.LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1,
     num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
 tokens = [{"input_ids": torch.arange(64).reshape(2, 32)}]
-fxopt.optimize(hf.LlamaForCausalLM(small).eval(), asked["recipe"], calibration=tokens)
+fxopt.optimize(hf.LlamaForCausalLM(small).eval().to(dtype), asked["recipe"], calibration=tokens)
 if asked["layers"]:
     width = asked["width"]
     model = hf.LlamaForCausalLM(hf.LlamaConfig(hidden_size=width, intermediate_size=3 * width,
         num_hidden_layers=asked["layers"], num_attention_heads=8, num_key_value_heads=4,
-        vocab_size=4096, tie_word_embeddings=True)).eval()
+        vocab_size=4096, tie_word_embeddings=True)).eval().to(dtype)
     data = None
 else:
     model, tokenizer = real_models.load_smollm2()
+    model = model.to(dtype)
     tokenizer.pad_token = tokenizer.eos_token
     reads = fxopt.Recipe.resolve(asked["recipe"]).calibration
     texts, rows = real_models.prose()[:reads.samples], reads.batch_size
@@ -105,12 +108,13 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, help="those of torch; as many as it takes if not said"
     )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--inplace", action="store_true", help="only runs that give up the model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     kinds = (True,) if options.inplace else (False, True)
-    common = {"recipe": options.recipe, "width": options.width, "threads": options.threads}
+    common = {name: vars(options)[name] for name in ("recipe", "width", "threads", "dtype")}
     models = (None,) if options.smollm2 else tuple(options.layers)
     for layers, inplace in itertools.product(models, kinds):
         rows.append(measure({"layers": layers, "inplace": inplace, **common}))

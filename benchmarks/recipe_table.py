@@ -7,9 +7,10 @@ method and not of a kernel.
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import real_models
@@ -46,6 +47,7 @@ class MiniLM:
 
     def __init__(self) -> None:
         model, tokenizer = real_models.load_minilm()
+        self.tokenizer = tokenizer
         self.program = canonical(model)
         signature = self.program.signature
         texts = real_models.prose()[:64]
@@ -78,6 +80,7 @@ class SmolLM2:
 
     def __init__(self) -> None:
         model, tokenizer = real_models.load_smollm2()
+        self.tokenizer = tokenizer
         self.program = canonical(model)
         signature = self.program.signature
         texts = real_models.prose()[:64]
@@ -103,12 +106,34 @@ def subject_of(name: str) -> MiniLM | SmolLM2:
     return MiniLM() if name == "minilm" else SmolLM2()
 
 
-def measure(name: str, recipes: dict[str, list[Any]], console: Console) -> dict[str, Any]:
+def preset_samples(subject: MiniLM | SmolLM2, preset: str) -> list[Any]:
+    """Calibration data from the front of the prose, as much of it as a preset reads."""
+    data = Recipe.resolve(preset).calibration
+    return calibration_samples(
+        subject.program.signature,
+        real_models.prose()[:512],
+        subject.tokenizer,
+        data.samples,
+        data.max_length,
+        data.batch_size,
+        data.joined,
+    )
+
+
+def measure(
+    name: str,
+    recipes: dict[str, list[Any]],
+    console: Console,
+    calibrated_as: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Figures by title; `calibrated_as` names the presets whose calibration some rows take."""
     subject = subject_of(name)
     figures: dict[str, Any] = {"unit": subject.unit, "original": getattr(subject, "original", 0.0)}
     for title, passes in recipes.items():
         started = time.perf_counter()
-        program = rewritten(subject.program, passes, subject.samples)
+        preset = calibrated_as.get(title)
+        samples = subject.samples if preset is None else preset_samples(subject, preset)
+        program = rewritten(subject.program, passes, samples)
         figure = subject.judge(program)
         share = program.byte_count() / subject.program.byte_count()
         text = subject.describe(figure)

@@ -3,7 +3,7 @@
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -11,18 +11,16 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from fxopt.analysis.calibration import Sample
 from fxopt.capture import capture_program
 from fxopt.errors import InputError, LoadError, RecipeError
 from fxopt.ir.diff import Diff
 from fxopt.ir.diff import diff as diff_programs
 from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Program
-from fxopt.ir.signature import SizeRange
 from fxopt.lowering import Lowered, LoweringOptions, lower, resolve_target
 from fxopt.lowering.call import lowered_call
 from fxopt.lowering.device import move_program
-from fxopt.pipeline.data import calibration_samples, standard_texts
+from fxopt.pipeline.lazy_samples import LazySamples
 from fxopt.pipeline.lowered_check import check_lowered
 from fxopt.pipeline.manager import Expectation, Manager, Progress, ignore_replaced
 from fxopt.pipeline.parking import Parking
@@ -37,7 +35,6 @@ from fxopt.runtime.optimized import OptimizedModel
 
 # Above this size the checks run on two input sets instead of all; each still covers every layer.
 _LARGE_MODEL_BYTES = 200_000_000
-_NATURAL_TEXTS, _NATURAL_LENGTH = 4, 64
 
 # Tracing changes what the whole process shares: functions of torch and transformers, and the model.
 _TRACING = threading.RLock()
@@ -98,7 +95,7 @@ def optimize(
         options = _lowering_options(resolved, target)
         resolve_target(program, options.target)  # refused now, before hours of work
         tokenizer = _tokenizer_of(model)
-        samples = _LazySamples(program, resolved, calibration, tokenizer)
+        samples = LazySamples(program, resolved, calibration, tokenizer)
         manager = Manager(
             verifier=_verifier(program, resolved, verify, samples),
             samples=samples,
@@ -193,61 +190,13 @@ def recipes() -> dict[str, str]:
 # --- parts of optimize ----------------------------------------------------------------------
 
 
-class _LazySamples:
-    """Calibration batches, made at the first use and kept."""
-
-    def __init__(
-        self, program: Program, recipe: Recipe, calibration: Iterable[Any] | None, tokenizer: Any
-    ) -> None:
-        self.signature = program.signature
-        self.settings = recipe.calibration
-        self.calibration = calibration
-        self.tokenizer = tokenizer
-        self.made: list[Sample] | None = None
-
-    def __call__(self) -> list[Sample]:
-        if self.made is None:
-            data = self.calibration
-            if data is None and self.tokenizer is not None:
-                data = standard_texts(self.settings.samples)
-            self.made = calibration_samples(
-                self.signature,
-                () if data is None else data,
-                self.tokenizer,
-                self.settings.samples,
-                self.settings.max_length,
-                self.settings.batch_size,
-            )
-        return self.made
-
-    def few(self) -> list[Sequence[torch.Tensor]]:
-        """Real inputs to measure quality on: some of the user's, or some prose; maybe none."""
-        if self.calibration is not None:
-            return [self._few_rows(sample.inputs) for sample in self()[:2]]
-        if self.tokenizer is None:
-            return []
-        texts = standard_texts(_NATURAL_TEXTS)
-        made = calibration_samples(
-            self.signature, texts, self.tokenizer, len(texts), _NATURAL_LENGTH, len(texts)
-        )
-        return [sample.inputs for sample in made]
-
-    def _few_rows(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        # Judging keeps what every linear gives, and logits: of a whole batch more than the model.
-        rows = max(_NATURAL_TEXTS // 2, self.signature.ranges.get("batch", SizeRange()).low)
-        return [
-            value[:rows] if spec.shape[:1] == ("batch",) else value
-            for spec, value in zip(self.signature.inputs, inputs, strict=True)
-        ]
-
-
 def _tokenizer_of(model: nn.Module) -> Any:
     place = getattr(getattr(model, "config", None), "name_or_path", "")
     return load_tokenizer(str(place), local_files_only=True)
 
 
 def _verifier(
-    program: Program, recipe: Recipe, verify: str | None, samples: _LazySamples
+    program: Program, recipe: Recipe, verify: str | None, samples: LazySamples
 ) -> Verifier:
     floor = recipe.floor
     inputs: list[Any] = list(program.examples)

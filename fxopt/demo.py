@@ -17,6 +17,7 @@ from fxopt.api import load, optimize
 from fxopt.checkpoint import load_model
 from fxopt.errors import ModelError
 from fxopt.ir.signature import Signature
+from fxopt.ir.timing import time_by_turns
 from fxopt.pipeline.report import Report
 from fxopt.pipeline.tokenizer import load_tokenizer
 
@@ -203,19 +204,10 @@ def random_inputs(
     return inputs
 
 
-@torch.no_grad()
 def alternate(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
     """Median milliseconds of two functions called in turns, so that both see the same machine."""
-    first()
-    second()  # the first call of either pays for what is set up once
-    times: tuple[list[float], list[float]] = ([], [])
-    deadline = time.perf_counter() + SECONDS_PER_TIMING
-    while len(times[0]) < 5 or (time.perf_counter() < deadline and len(times[0]) < 200):
-        for function, found in zip((first, second), times, strict=True):
-            started = time.perf_counter()
-            function()
-            found.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times[0]), statistics.median(times[1])
+    times = time_by_turns((first, second), fewest=5, seconds=SECONDS_PER_TIMING, most=200)
+    return statistics.median(times[0]) * 1e3, statistics.median(times[1]) * 1e3
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from torch import nn
 
 import fxopt
 from fxopt.analysis.execution import run
-from fxopt.api import _LazySamples
 from fxopt.errors import (
     CalibrationError,
     CaptureError,
@@ -30,6 +29,7 @@ from fxopt.errors import (
 from fxopt.ir.program import Level
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
 from fxopt.passes.quantization.quantize import ActivationOptions, Quantize
+from fxopt.pipeline.lazy_samples import LazySamples
 from fxopt.pipeline.recipe import Recipe
 from tests.models import canonical_program, zoo_model
 
@@ -389,7 +389,7 @@ def test_progress_is_told_the_stages_in_order():
 def test_large_calibration_batches_are_judged_on_few_rows():
     program = canonical_program("llama")
     batches = [{"input_ids": torch.arange(3, 75).reshape(9, 8)}] * 3
-    samples = _LazySamples(program, Recipe.resolve(STATIC), batches, None)
+    samples = LazySamples(program, Recipe.resolve(STATIC), batches, None)
     judged = samples.few()
     assert len(judged) == 2
     names = [spec.name for spec in program.signature.inputs]

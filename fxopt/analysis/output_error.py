@@ -81,6 +81,10 @@ class OutputError:
             for index, logits in self.logits.items()
         )
 
+    def relative(self, outputs: Sequence[Sequence[Tensor]]) -> float:
+        """|| y' - y || / || y || of the first output, logits or not."""
+        return self._squares(outputs, next(iter(self.logits))) ** 0.5
+
     def kl(self, outputs: Sequence[Sequence[Tensor]]) -> float:
         """Mean KL over tokens, in nats; of the logits that lost most.
 

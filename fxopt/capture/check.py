@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import CaptureError
+from fxopt.ir.program import Program
 
 # Error over rms of the output. Fused attention reorders sums, so bit-equality is reported but
 # not demanded; anything above this is a different function.
@@ -24,6 +25,23 @@ class Comparison:
     description: str
     error: float
     bit_equal: bool
+
+
+def run_graph(program: Program, inputs: list[Tensor], description: str) -> list[Tensor]:
+    """What the captured graph gives where the model itself runs.
+
+    Raises:
+        CaptureError: the graph does not run there.
+    """
+    try:
+        with torch.no_grad():
+            return list(program.graph_module(*inputs))
+    except Exception as error:
+        raise CaptureError(
+            f"capture check at {description}: the model runs and its graph fails with "
+            f"{type(error).__name__}: {str(error)[:200]}. Python code of the model (a loop over "
+            "the sequence, perhaps) was fixed to the example's sizes or values."
+        ) from error
 
 
 def compare_outputs(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from fxopt.capture.check import Comparison, compare_outputs
+from fxopt.capture.check import Comparison, compare_outputs, run_graph
 from fxopt.capture.export import dimensions, evaluation_mode, export_flat, readable_dimensions
 from fxopt.capture.model_check import refuse_nan_inputs
 from fxopt.capture.originals import left_as_it_was
@@ -159,15 +159,7 @@ class _ModuleCapture:
         self, program: Program, tensors: list[Tensor], expected: list[Tensor]
     ) -> Comparison:
         label = _shapes(self.names, tensors)
-        try:
-            with torch.no_grad():
-                got = list(program.graph_module(*tensors))
-        except Exception as error:
-            raise CaptureError(
-                f"capture check at {label}: the module runs and its graph fails with "
-                f"{type(error).__name__}: {str(error)[:200]}. Python code of the module was "
-                "fixed to the example's sizes or values."
-            ) from error
+        got = run_graph(program, tensors, label)
         names = [spec.name for spec in program.signature.outputs]
         return compare_outputs(label, names, got, expected)
 

@@ -13,7 +13,7 @@ from transformers.exporters.utils import apply_patches
 
 from fxopt.capture.attention import IMPLEMENTATION, attention_implementation
 from fxopt.capture.cache import cache_from_tensors, tensors_from_cache
-from fxopt.capture.check import Comparison, compare_outputs, refuse_other_count
+from fxopt.capture.check import Comparison, compare_outputs, refuse_other_count, run_graph
 from fxopt.capture.export import (
     dimensions,
     evaluation_mode,
@@ -250,16 +250,9 @@ class _PretrainedCapture:
         past = [t.clone() for t in example.past]
         with torch.no_grad():
             expected = self._call(self.model, dict(example.tensors), past)
-            flat = _flat(program.signature, example)
-            program.examples.append([tensor.clone() for tensor in flat])
-            try:
-                got = list(program.graph_module(*flat))
-            except Exception as error:
-                raise CaptureError(
-                    f"capture check at {description}: the graph fails with "
-                    f"{type(error).__name__}: {str(error)[:200]}. The model's Python code "
-                    "(a loop over the sequence, perhaps) was fixed to the example's size."
-                ) from error
+        flat = _flat(program.signature, example)
+        program.examples.append([tensor.clone() for tensor in flat])
+        got = run_graph(program, flat, description)
         specs = program.signature.outputs
         refuse_other_count(description, got, expected)
         kept = [self._visible(spec, t, example) for spec, t in zip(specs, expected, strict=True)]

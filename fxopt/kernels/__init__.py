@@ -26,6 +26,7 @@ if __name__ == "fxopt.kernels":
         apply_rope,
         dynamic_gated_mlp_w8a8,
         dynamic_linear_w8a8,
+        dynamic_mlp_w8a8,
         embedding_int8,
         fused_attention,
         fused_rms_norm,
@@ -33,6 +34,7 @@ if __name__ == "fxopt.kernels":
         linear_w4a16,
         linear_w8a8,
         linear_w8a16,
+        norm_quantize,
         quantize_per_token,
     )
     from fxopt.kernels.activation import ACTIVATIONS
@@ -48,6 +50,7 @@ __all__ = [
     "apply_rope",
     "dynamic_gated_mlp_w8a8",
     "dynamic_linear_w8a8",
+    "dynamic_mlp_w8a8",
     "embedding_int8",
     "ensure_native",
     "fused_attention",
@@ -57,5 +60,6 @@ __all__ = [
     "linear_w8a8",
     "linear_w8a16",
     "native_status",
+    "norm_quantize",
     "quantize_per_token",
 ]

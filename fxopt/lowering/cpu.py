@@ -8,13 +8,15 @@ from fxopt.lowering.elementwise import (
     GeluGate,
     SiluGate,
 )
+from fxopt.lowering.feed_forward import GatedMlp, Mlp
 from fxopt.lowering.four_bit import FourBitLinear
-from fxopt.lowering.gated_mlp import GatedMlp
+from fxopt.lowering.norm_quantize import QuantizeInNorm
 from fxopt.lowering.pre_scale import DynamicPreScale, StaticPreScale
 from fxopt.lowering.quantized import (
     DynamicLinear,
     FuseGelu,
     FuseRelu,
+    FuseSilu,
     Int8Embedding,
     StaticLinear,
     WeightOnlyLinear,
@@ -29,7 +31,7 @@ INTEGER: tuple[LoweringRule, ...] = (
     Int8Embedding(),
 )
 PROLOGUES: tuple[LoweringRule, ...] = (DynamicPreScale(), StaticPreScale())
-EPILOGUES: tuple[LoweringRule, ...] = (FuseGelu(), FuseRelu())
+EPILOGUES: tuple[LoweringRule, ...] = (FuseGelu(), FuseRelu(), FuseSilu())
 ELEMENTWISE: tuple[LoweringRule, ...] = (
     FusedRmsNorm(),
     AddLayerNorm(),
@@ -38,4 +40,5 @@ ELEMENTWISE: tuple[LoweringRule, ...] = (
     SiluGate(),
     GeluGate(),
 )
-BLOCKS: tuple[LoweringRule, ...] = (GatedMlp(),)
+BLOCKS: tuple[LoweringRule, ...] = (GatedMlp(), Mlp())
+PRODUCERS: tuple[LoweringRule, ...] = (QuantizeInNorm(),)

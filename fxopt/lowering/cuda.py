@@ -5,6 +5,7 @@ from fxopt.lowering.quantized import (
     DynamicLinear,
     FuseGelu,
     FuseRelu,
+    FuseSilu,
     Int8Embedding,
     StaticLinear,
     WeightOnlyLinear,
@@ -18,4 +19,4 @@ INTEGER: tuple[LoweringRule, ...] = (
     Int8Embedding(),
 )
 PROLOGUES: tuple[LoweringRule, ...] = (DynamicPreScale(), StaticPreScale())
-EPILOGUES: tuple[LoweringRule, ...] = (FuseGelu(), FuseRelu())
+EPILOGUES: tuple[LoweringRule, ...] = (FuseGelu(), FuseRelu(), FuseSilu())

@@ -1,5 +1,7 @@
 """Rules for the operators between linears: norms, rotary embedding, gates."""
 
+# ruff: noqa: D102 - a rule's methods are documented by Rule
+
 from typing import Any
 
 import torch

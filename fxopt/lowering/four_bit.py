@@ -151,6 +151,4 @@ def read_codes(weight: Node) -> ReadCodes | None:
     if node.target is not ops.unpack.default or node.args[1] > _BITS:
         return None
     codes, bits, length = node.args[:3]
-    return ReadCodes(
-        plain, codes, bits, length, table, scale, zero, groups, positions, outliers
-    )
+    return ReadCodes(plain, codes, bits, length, table, scale, zero, groups, positions, outliers)

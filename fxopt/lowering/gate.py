@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +15,11 @@ from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Program, module_path
 from fxopt.ir.runner import Runner
 from fxopt.ir.stored_codes import is_stored_weight, stored_values, stored_weights
+from fxopt.ir.timing import time_by_turns
+from fxopt.lowering.rule import LoweringRule
 from fxopt.rewrite.driver import apply_rules, erase_dead
 from fxopt.rewrite.pattern import Match
 from fxopt.rewrite.rule import Rule
-from fxopt.lowering.rule import LoweringRule
 
 ops = torch.ops.fxopt
 
@@ -28,6 +28,7 @@ _ENOUGH_SECONDS = 0.02
 # On a busy machine any single measurement can be spoilt: a kernel is turned down only when it
 # loses this many times in a row.
 _TRIALS = 3
+_UNDECIDED = "nothing was decided on it when the model was saved"
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ class SpeedGate:
         """Why the kernel is not used at this site, or None."""
         if not self.enabled or rule.patience == math.inf:
             return None
-        mini, leaves = extract(program, match)
+        mini, leaves = extract(program, match, rule.kept(match))
         key = _key(mini, rule)
         if key not in self.decisions:
             if self.frozen:
-                return None
+                return _UNDECIDED if rule.joins and self.decisions else None
             self.decisions[key] = self._time(program, mini, leaves, rule, key)
         if self.decisions[key]:
             self.sites.append((module_path(match.root), rule.name, key))
@@ -80,7 +81,9 @@ class SpeedGate:
         detail = ""
         if timing is not None:
             pairs = zip(timing.before, timing.after, strict=True)
-            detail = ": " + ", ".join(f"{after:.0f} us against {before:.0f} us" for before, after in pairs)
+            detail = ": " + ", ".join(
+                f"{after:.0f} us against {before:.0f} us" for before, after in pairs
+            )
         return f"slower than what it replaces{detail}"
 
     def _time(
@@ -134,8 +137,13 @@ class SpeedGate:
         return Timing(tuple(old), tuple(new))
 
 
-def extract(program: Program, match: Match) -> tuple[Program, list[Node]]:
-    """The matched part as a program of its own, and the nodes that feed it."""
+def extract(
+    program: Program, match: Match, kept: Sequence[Node] = ()
+) -> tuple[Program, list[Node]]:
+    """The matched part as a program of its own, and the nodes that feed it.
+
+    It returns the match's root, and `kept`, which a kernel has to return as well.
+    """
     leaves: list[Node] = []
     order: list[Node] = []
 
@@ -161,7 +169,7 @@ def extract(program: Program, match: Match) -> tuple[Program, list[Node]]:
     for node in order:
         if node not in copies:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.output((copies[match.root],))
+    graph.output((copies[match.root], *(copies[node] for node in kept)))
     mini = Program(GraphModule(program.graph_module, graph), program.signature, program.level)
     return mini, leaves
 
@@ -224,21 +232,8 @@ def alternate(before: Callable[[], Any], after: Callable[[], Any]) -> tuple[floa
 
     The fastest call is the one that other work on the machine disturbed least.
     """
-    best = [math.inf, math.inf]
-    with torch.no_grad():
-        before()
-        after()
-        started = time.perf_counter()
-        calls = 0
-        while calls < _FEWEST_CALLS or time.perf_counter() - started < _ENOUGH_SECONDS:
-            calls += 1
-            for index, function in enumerate((before, after)):
-                begun = time.perf_counter()
-                function()
-                if torch.cuda.is_initialized():
-                    torch.cuda.synchronize()
-                best[index] = min(best[index], time.perf_counter() - begun)
-    return best[0] * 1e6, best[1] * 1e6
+    old, new = time_by_turns((before, after), _FEWEST_CALLS, _ENOUGH_SECONDS)
+    return min(old) * 1e6, min(new) * 1e6
 
 
 def _key(mini: Program, rule: Rule) -> str:

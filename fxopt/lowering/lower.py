@@ -1,6 +1,9 @@
 """Lower a program to a target: rules in order, each site timed, the rest run as it is."""
 
-from collections.abc import Mapping, Sequence, Set
+# ruff: noqa: D102 - a rule's methods are documented by Rule
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +135,8 @@ def _apply_table(lowered: Lowered, original: Program, gate: SpeedGate, target: s
     _apply(lowered, gate, (*cpu.PROLOGUES, *cpu.EPILOGUES))
     lowered.sites += merge_siblings(lowered.program, original)
     _apply(lowered, gate, cpu.BLOCKS)
+    # Last: a merged linear reads its norm alone, and one in a block does not read its codes.
+    _apply(lowered, gate, cpu.PRODUCERS)
 
 
 def _apply(lowered: Lowered, gate: SpeedGate, rules: Sequence[LoweringRule]) -> None:
@@ -159,6 +164,9 @@ class _Timed(LoweringRule):
     def condition(self, program: Program, match: Match) -> bool:
         return self.rule.condition(program, match)
 
+    def kept(self, match: Match) -> tuple[Node, ...]:
+        return self.rule.kept(match)
+
     def check(self, program: Program, match: Match) -> str | None:
         return self.rule.check(program, match) or self.gate.refuse(program, self.rule, match)
 
@@ -169,7 +177,7 @@ class _Timed(LoweringRule):
 class KeepFloating(LoweringRule):
     """A linear without an integer kernel runs in floating point, on the stored integers' values."""
 
-    def __init__(self, only: Set[str] | None = None) -> None:
+    def __init__(self, only: AbstractSet[str] | None = None) -> None:
         self.only = only
 
     def pattern(

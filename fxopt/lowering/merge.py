@@ -15,11 +15,13 @@ aten = torch.ops.aten
 ops = torch.ops.fxopt
 
 
-_MERGED = (
-    ops.dynamic_linear_w8a8.default,
-    ops.linear_w8a16.default,
-    ops.linear_w4a16.default,
-)
+# Each kernel's first operand that belongs to the weight; what stands before it is the activation.
+_MERGED: dict[Any, int] = {
+    ops.dynamic_linear_w8a8.default: 1,
+    ops.linear_w8a8.default: 3,
+    ops.linear_w8a16.default: 1,
+    ops.linear_w4a16.default: 1,
+}
 
 
 def merge_siblings(program: Program, original: Program) -> list[Site]:
@@ -28,23 +30,36 @@ def merge_siblings(program: Program, original: Program) -> list[Site]:
     The rows of their weights are stored one after the other. The parts that `original`, the
     program before lowering, holds become views of them at once, so that nothing is held twice.
     """
+    _share_codes(program)
     sites: list[Site] = []
     for target in _MERGED:
         groups: dict[Any, list[Node]] = defaultdict(list)
         for node in program.nodes(target):
-            x, parts, rest = _operands(node)
+            read, parts, rest = _operands(node)
             if rest[0] == "none" and _mergeable(parts):
-                groups[x, tuple(_row_shape(part) for part in parts), rest].append(node)
+                groups[read, tuple(_row_shape(part) for part in parts), rest].append(node)
         for nodes in groups.values():
             if len(nodes) > 1:
                 sites += _merge(program, original, target, nodes)
     return sites
 
 
-def _operands(node: Node) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+def _share_codes(program: Program) -> None:
+    """Make linears that round one activation alike read the same codes."""
+    known: dict[Any, Node] = {}
+    for node in program.nodes(ops.quantize.default):
+        key = tuple(tuple(arg) if isinstance(arg, list | tuple) else arg for arg in node.args)
+        first = known.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            erase_dead([node])
+
+
+def _operands(node: Node) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
     """What a linear reads, the parts of its weight, and from its activation on what must agree."""
+    first = _MERGED[node.target]
     activation = next(i for i, arg in enumerate(node.args) if isinstance(arg, str))
-    return node.args[0], node.args[1:activation], node.args[activation:]
+    return node.args[:first], node.args[first:activation], node.args[activation:]
 
 
 def _row_shape(part: Any) -> tuple[Any, ...] | None:
@@ -55,8 +70,7 @@ def _row_shape(part: Any) -> tuple[Any, ...] | None:
 def _mergeable(parts: Sequence[Any]) -> bool:
     # A weight that others read too (a tied one) must stay where it is.
     return all(
-        part is None
-        or (isinstance(part, Node) and part.op == "get_attr" and len(part.users) == 1)
+        part is None or (isinstance(part, Node) and part.op == "get_attr" and len(part.users) == 1)
         for part in parts
     )
 
@@ -64,11 +78,10 @@ def _mergeable(parts: Sequence[Any]) -> bool:
 def _merge(program: Program, original: Program, target: Any, nodes: list[Node]) -> list[Site]:
     first = nodes[0]
     build = Builder(program, first, "lower/merge_siblings")
-    x, parts, rest = _operands(first)
-    stacked = [
-        _stack(build, original, [node.args[i + 1] for node in nodes]) for i in range(len(parts))
-    ]
-    merged = build.call(target, x, *stacked, *rest)
+    read, _, rest = _operands(first)
+    columns = zip(*(_operands(node)[1] for node in nodes), strict=True)
+    stacked = [_stack(build, original, list(parts)) for parts in columns]
+    merged = build.call(target, *read, *stacked, *rest)
     start = 0
     sites: list[Site] = []
     for node in nodes:
@@ -93,7 +106,9 @@ def _stack(build: Builder, original: Program, parts: list[Any]) -> Node | None:
     values = [build.program.weight(name) for name in names]
     merged = torch.cat(values)
     held = original.weights()
-    for name, value, rows in zip(names, values, merged.split([len(v) for v in values]), strict=True):
+    for name, value, rows in zip(
+        names, values, merged.split([len(v) for v in values]), strict=True
+    ):
         build.program.set_weight(name, rows)
         if name in held and held[name].shape == value.shape:
             original.set_weight(name, rows)

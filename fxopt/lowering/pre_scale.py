@@ -6,6 +6,8 @@ Shapes: x [..., K]; pre_scale [K], stored. Where all that read the product take 
     product is no longer computed, and with it goes a pass over memory.
 """
 
+# ruff: noqa: D102 - a rule's methods are documented by Rule
+
 from typing import Any
 
 import torch
@@ -31,9 +33,8 @@ def _is_stored(value: Any) -> bool:
 class _PreScale(LoweringRule):
     def condition(self, program: Program, match: Match) -> bool:
         channels = shape_of(match.x)[-1:]
-        return (
-            list(shape_of(match.pre_scale)) == list(channels)
-            and dtype_of(match.x) == dtype_of(match.product)
+        return list(shape_of(match.pre_scale)) == list(channels) and dtype_of(match.x) == dtype_of(
+            match.product
         )
 
 

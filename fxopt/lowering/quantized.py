@@ -1,7 +1,9 @@
 """Rules that turn quantize/dequantize around an operator into one integer kernel."""
 
-import operator
+# ruff: noqa: D102 - a rule's methods are documented by Rule
+
 import math
+import operator
 from typing import Any
 
 import torch
@@ -36,11 +38,8 @@ def is_weight(value: Any) -> bool:
 
 def scale_per_row(program: Program, match: Match) -> str | None:
     """Why the weight's scales do not fit a kernel that has one per output, or None."""
-    rows, columns = shape_of(match.weight)
-    block = [length if size == -1 else size for size, length in zip(
-        match.weight_block, (rows, columns), strict=True
-    )]
-    if block[1] != columns or block[0] not in (1, rows):
+    columns = shape_of(match.weight)[1]
+    if match.weight_block[1] not in (-1, columns):
         return f"scales per block {list(match.weight_block)}: the kernel takes one per output"
     if program.weight(str(match.weight.target)).dtype != INT8:
         return "the weight is not int8"
@@ -48,13 +47,15 @@ def scale_per_row(program: Program, match: Match) -> str | None:
 
 
 def row_scale(build: Builder, match: Match) -> Node:
-    """The weight's scales as one float32 per output, stored."""
+    """The weight's scales as one float32 per output, stored; rows of a group repeat theirs."""
     name = str(match.weight_scale.target)
     rows = shape_of(match.weight)[0]
     scale = build.program.weight(name)
     if tuple(scale.shape) == (rows,):
         return match.weight_scale
-    return build.weight(f"{name}_rows", scale.reshape(-1).expand(rows).contiguous().float())
+    groups = scale.reshape(-1)
+    spread = groups.repeat_interleave(rows // max(1, len(groups)))
+    return build.weight(f"{name}_rows", spread.float())
 
 
 class _QuantizedLinear(LoweringRule):
@@ -234,3 +235,16 @@ class FuseRelu(_FuseActivation):
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         return self._with(build, match, "relu")
+
+
+class FuseSilu(_FuseActivation):
+    """`silu(linear)` in one kernel; a gate's is taken with the product it gates."""
+
+    def pattern(self, op: PatternOperators) -> Any:
+        return op.silu(self._linear(op))
+
+    def condition(self, program: Program, match: Match) -> bool:
+        return not any(user.target is aten.mul.Tensor for user in match.root.users)
+
+    def rewrite(self, build: Builder, match: Match) -> Node:
+        return self._with(build, match, "silu")

@@ -13,7 +13,6 @@ from fxopt.analysis.calibration import Sample
 from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, Table
 
-
 LoweredCall = Callable[[Program, tuple[int, int]], Callable[[], Any]]
 StateChange = Callable[[Tensor], Tensor | Sequence[Tensor]]
 

@@ -22,8 +22,11 @@ def calibration_samples(
     samples: int,
     max_length: int,
     batch_size: int,
+    joined: bool = False,
 ) -> list[Sample]:
     """The first `samples` entries of the data, as the program takes them.
+
+    With `joined` an entry is as many texts as fill `max_length` tokens.
 
     Raises:
         CalibrationError: an entry cannot be used; texts came without a tokenizer.
@@ -37,6 +40,9 @@ def calibration_samples(
             f"calibration is a {type(calibration).__name__}; pass a list of inputs like those of "
             "the model, or of texts where there is a tokenizer."
         )
+    if joined and tokenizer is not None:
+        length = _longest(signature, max_length)
+        calibration = joined_texts(calibration, tokenizer, length)
     for entry in islice(calibration, samples):
         if isinstance(entry, str):
             texts.append(entry)
@@ -50,6 +56,23 @@ def calibration_samples(
     for start in range(0, len(texts), batch_size):
         ready.append(_tokenize(signature, tokenizer, texts[start : start + batch_size], max_length))
     return ready
+
+
+def joined_texts(entries: Iterable[Any], tokenizer: Any, length: int) -> Iterator[Any]:
+    """Texts in turn joined by blank lines until they hold `length` tokens; all else as it is."""
+    parts: list[str] = []
+    tokens = 0
+    for entry in entries:
+        if not isinstance(entry, str):
+            yield entry
+            continue
+        parts.append(entry)
+        tokens += len(tokenizer(entry, add_special_tokens=False)["input_ids"])
+        if tokens >= length:
+            yield "\n\n".join(parts)
+            parts, tokens = [], 0
+    if parts:
+        yield "\n\n".join(parts)
 
 
 def _tokenize(signature: Signature, tokenizer: Any, texts: list[str], max_length: int) -> Sample:
@@ -111,8 +134,8 @@ def keyword_inputs(
     return tensors + past
 
 
-def standard_texts(count: int) -> list[str]:
-    """English prose that every Python has: the language's own documentation."""
+def standard_texts(count: int | None) -> list[str]:
+    """English prose that every Python has: the language's own documentation; None: all of it."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     return list(islice(_paragraphs(topics), count))
 

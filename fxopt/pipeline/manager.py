@@ -54,8 +54,8 @@ class Manager:
         samples: makes the calibration batches, for passes that need them.
         expectations: what the recipe demands, by pass name.
         progress: told which pass is running.
-        replaced: given the program before and after a pass, when the pass has run and before it
-            is judged: for who wants to hold what it replaced elsewhere.
+        replaced: given the program before and after a pass, at each site and when the pass has
+            run, before it is judged: for who wants to hold what it replaced elsewhere.
         lowered_call: a call of a program at (batch, length), once lowered, for passes that time.
     """
 
@@ -84,10 +84,15 @@ class Manager:
         working = program.clone()
         versions = _versions(program)
         samples = self._samples(program, a_pass)
+
+        def at_site(detail: str) -> None:
+            self.progress(a_pass.name, detail)
+            self.replaced(program, working)
+
         context = Context(
             statistics=self._statistics(program, a_pass, samples),
             samples=samples,
-            progress=lambda detail: self.progress(a_pass.name, detail),
+            progress=at_site,
             lowered_call=self.lowered_call,
         )
         with _failing_as(a_pass, "failed"):

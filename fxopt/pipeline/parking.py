@@ -1,5 +1,6 @@
 """Move the weights of a model that is given up to disk, from where they can still come back."""
 
+from collections.abc import Iterator
 from typing import Self
 
 import torch
@@ -37,22 +38,27 @@ class Parking:
         self.held = [*model.parameters(), *model.buffers(), *captured.weights().values()]
 
     def park(self, before: Program, after: Program) -> None:
-        """Move what `before` and the model hold, and `after` does not read, to disk."""
-        kept = {_place(tensor) for _, tensor in iterate_weights(after.graph_module)}
-        theirs = _by_storage(self.held)
+        """Move what `before` and the model hold, and no operator of `after` reads, to disk.
+
+        `after` may be in the middle of a pass: what it still names can be read from the file.
+        """
+        settled = {_place(tensors[0]) for tensors in self.parked}
+        settled |= {_place(tensor) for tensor in _read_weights(after)}
+        theirs, still_named = _by_storage(self.held), _by_storage(list(after.weights().values()))
         moved = 0
         for place, mine in _by_storage(list(before.weights().values())).items():
             storage = mine[0].untyped_storage()
-            if place in kept or place not in theirs or not _worthwhile(storage):
+            if place in settled or place not in theirs or not _worthwhile(storage):
                 continue
             try:
                 file = on_disk(_bytes_of(storage)).untyped_storage()
             except OSError:
                 break  # no room on the disk: the rest stays in memory
             moved += storage.nbytes()
-            _move([*mine, *theirs[place]], file)
+            _move([*mine, *theirs[place], *still_named.get(place, ())], file)
             self.parked.append(theirs[place])
-        release_freed_memory(moved)
+        if moved:
+            release_freed_memory(moved)
 
     def restore(self) -> None:
         """Bring the model's weights back into memory: it is as it was."""
@@ -60,6 +66,11 @@ class Parking:
             stored = _bytes_of(tensors[0].untyped_storage())
             _move(tensors, stored.clone().untyped_storage())
         self.parked.clear()
+
+
+def _read_weights(program: Program) -> Iterator[Tensor]:
+    used = {str(n.target) for n in program.graph.nodes if n.op == "get_attr" and n.users}
+    return (tensor for name, tensor in iterate_weights(program.graph_module) if name in used)
 
 
 def _place(tensor: Tensor) -> int:

@@ -55,11 +55,16 @@ class Lowering(_Section):
 
 
 class CalibrationData(_Section):
-    """How much calibration data is read."""
+    """How much calibration data is read.
+
+    Fields:
+        joined: a sample is as many texts, with blank lines between them, as fill max_length.
+    """
 
     samples: Positive = 64
     max_length: Positive = 128
     batch_size: Positive = 8
+    joined: Switch = False
 
 
 class Expectation(_Section):

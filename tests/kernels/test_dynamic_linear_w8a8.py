@@ -238,7 +238,9 @@ def test_opcheck(native):
     torch.library.opcheck(OP, (torch.randn(2, 3, 33), weight, scale, None, bias, "relu"))
     total = row_sums(weight)
     torch.library.opcheck(OP, (torch.randn(3, 33).bfloat16(), weight, scale, total, None, "none"))
-    torch.library.opcheck(OP, (torch.randn(3, 33), weight, scale, total, None, "none", pre_scale_of(33)))
+    torch.library.opcheck(
+        OP, (torch.randn(3, 33), weight, scale, total, None, "none", pre_scale_of(33))
+    )
 
 
 def test_it_compiles_with_a_dynamic_batch(native):

@@ -151,4 +151,6 @@ def test_outliers_outside_the_weight_are_refused(run, start, column, message, m)
 def test_opcheck(native):
     codes, scale, zero, bias = four_bit_weight(7, 32, 2, True)
     x = torch.randn(3, 32)
-    torch.library.opcheck(OP, (x, codes, scale, zero, bias, "gelu", INTEGERS, *outliers_of(7, 32, 4)))
+    torch.library.opcheck(
+        OP, (x, codes, scale, zero, bias, "gelu", INTEGERS, *outliers_of(7, 32, 4))
+    )

@@ -35,7 +35,9 @@ def test_each_variant_has_its_kernel(name, variant):
     lowered = lower(program, UNTIMED)
     linears = {name: count for name, count in kernels(lowered.program).items() if "linear" in name}
     assert set(linears) == {"linear_w4a16"}
-    assert not lowered.program.nodes(aten.linear.default, ops.unpack.default, ops.dequantize.default)
+    assert not lowered.program.nodes(
+        aten.linear.default, ops.unpack.default, ops.dequantize.default
+    )
     for node in lowered.program.nodes(KERNELS["linear_w4a16"].overload):
         codes = lowered.program.constant(node.args[1])
         assert codes.dtype == torch.uint8

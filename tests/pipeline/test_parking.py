@@ -86,6 +86,49 @@ def test_an_error_brings_them_back_and_success_does_not():
         assert (places(module)[0] != on_disk) == fails
 
 
+def test_in_the_middle_of_a_pass_what_no_operator_reads_moves_once(monkeypatch):
+    files: list[int] = []
+
+    def counted(value: torch.Tensor) -> torch.Tensor:
+        files.append(value.numel())
+        return on_disk(value)
+
+    on_disk = parking.on_disk
+    monkeypatch.setattr(parking, "on_disk", counted)
+    module = model()
+    value = module[0].weight.detach().clone()
+    held = places(module)
+    before = fxopt.capture(module, (torch.randn(2, 16),))
+    after = before.clone()
+    holder = Parking()
+    holder.watch(module, before)
+    holder.park(before, after)
+    assert places(module) == held
+    linear = next(n for n in after.graph.nodes if n.op == "get_attr" and n.target == "0.weight")
+    linear.replace_all_uses_with(linear.graph.get_attr("2.weight"))
+    for _ in range(2):  # a pass tells each of its sites
+        holder.park(before, after)
+        assert [a == b for a, b in zip(held, places(module), strict=True)] == [False, *[True] * 3]
+    assert files == [4 * 16 * 32]
+    assert after.weight("0.weight").untyped_storage().data_ptr() == places(module)[0]
+    assert torch.equal(after.weight("0.weight"), value)
+
+
+def test_a_pass_gives_up_weights_as_it_goes(monkeypatch):
+    parked_at: list[int] = []
+    park = Parking.park
+
+    def watched(self: Parking, before: fxopt.Program, after: fxopt.Program) -> None:
+        park(self, before, after)
+        parked_at.append(len(self.parked))
+
+    monkeypatch.setattr(Parking, "park", watched)
+    x = (torch.randn(2, 16),)
+    fxopt.optimize(model(), ["canonicalize", "quantize"], example_inputs=x, inplace=True)
+    # At the second of two sites the first weight has gone, and both before the pass is judged.
+    assert parked_at[-3:] == [0, 1, 2]
+
+
 def test_without_room_on_the_disk_they_stay(monkeypatch):
     def full(value: torch.Tensor) -> torch.Tensor:
         raise OSError("No space left on device")

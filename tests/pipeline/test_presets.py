@@ -1,9 +1,11 @@
 import pytest
 import torch
+import transformers as hf
 
+import fxopt
 from fxopt.errors import RecipeError
 from fxopt.ir.stored_codes import is_stored_weight
-from fxopt.passes.quantization.options import WeightOptions
+from fxopt.passes.quantization.options import ActivationOptions, WeightOptions
 from fxopt.pipeline.recipe import Recipe, presets
 from tests.models import optimize_zoo
 
@@ -13,7 +15,17 @@ FEW_BITS = ["w4a16-nf4", "w3-gobo"]
 
 @pytest.mark.parametrize(
     "name",
-    ["canonical", "w8a8-dynamic", "w8a8-static", "w8a16", "kv8", "kivi4", "kivi2", *FEW_BITS],
+    [
+        "canonical",
+        "w8a8-dynamic",
+        "w8a8-static",
+        "w8a16",
+        "zeroquant",
+        "kv8",
+        "kivi4",
+        "kivi2",
+        *FEW_BITS,
+    ],
 )
 def test_presets_build(name):
     recipe = presets()[name]
@@ -37,6 +49,25 @@ def test_quantized_presets_say_what_their_name_says(name, granularity):
         assert options["activations"] is None
     else:
         assert options["activations"]["granularity"] == granularity
+
+
+def test_zeroquant_is_in_groups_of_rows_and_the_rest_per_channel():
+    _, first, rest = presets()["zeroquant"].build()
+    assert first.weights == WeightOptions(granularity="block", block_size=(16, -1))
+    assert (first.embeddings, first.exclude) == (None, ("lm_head",))
+    assert rest.weights == rest.embeddings.as_weight() == WeightOptions("int8", "channel")
+    assert first.activations == rest.activations == ActivationOptions(symmetric=False)
+    assert first.needs() == rest.needs() == ()
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "gemma3"])
+def test_zeroquant_leaves_no_linear_in_floating_point(model):
+    optimized = optimize_zoo(model, "zeroquant", target="reference")
+    for node in optimized.program.nodes(aten.linear.default):
+        assert is_stored_weight(node.args[1])
+        assert node.args[0].target is torch.ops.fxopt.dequantize.default
+    details = {site.detail for record in optimized.report.history for site in record.sites}
+    assert "int8 weight per group of 16 rows, int8 activation per token" in details
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("kv8", "int8"), ("kivi4", "int4"), ("kivi2", "int2")])
@@ -72,6 +103,35 @@ def test_what_runs_before_quantize_runs_before_every_pass_that_rounds(name, roun
     with pytest.raises(RecipeError, match=f"{name} must run before {rounding}; exchange them"):
         Recipe.resolve(["canonicalize", rounding, name])
     Recipe.resolve(["canonicalize", name, rounding])
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("w8a8-llm-int8", ["llm-int8", "quantize"]),
+        ("w8a8-static-peg", ["peg", "quantize"]),
+        ("w8a8-static-mixed", ["quantize", "mixed-precision"]),
+        ("w4a16-qbert", ["gptq", "quantize"]),
+    ],
+)
+def test_presets_of_methods_store_every_linear_and_the_embeddings(name, passes):
+    assert [item.name for item in presets()[name].build()[1:]] == passes
+    torch.manual_seed(0)
+    data = [{"input_ids": torch.randint(99, (4, 9))} for _ in range(4)]
+    # 6 groups need a width that they divide.
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6}
+    model = hf.BertModel(hf.BertConfig(**sizes, num_hidden_layers=1, vocab_size=99)).eval()
+    program = fxopt.optimize(model, name, calibration=data, progress=False).program
+    for target, place in ((aten.linear.default, 1), (aten.embedding.default, 0)):
+        found = program.nodes(target)
+        assert found
+        assert all(is_stored_weight(node.args[place]) for node in found)
+
+
+def test_groups_of_peg_are_those_that_quantize_gives_a_scale():
+    peg, quantize = presets()["w8a8-static-peg"].build()[1:]
+    assert peg.groups == quantize.activations.groups == 6
+    assert quantize.activations.granularity == "embedding_group"
 
 
 def test_nf4_is_in_groups_of_64_and_the_rest_in_int8():

@@ -4,19 +4,10 @@
 
 #include <optional>
 
-#include "fxopt/kernels/native/rows.h"
+#include "fxopt/kernels/native/norm.h"
 
 namespace fxopt {
 namespace {
-
-template <typename C>
-void normalize_row(const C* sum, const C* weight, const C* bias, double eps, int64_t n, C* out) {
-  const C mean = sum_row<C>(n, [&](int64_t i) { return sum[i]; }) / C(n);
-  const C squares =
-      sum_row<C>(n, [&](int64_t i) { return (sum[i] - mean) * (sum[i] - mean); });
-  const C factor = C(1) / std::sqrt(squares / C(n) + C(eps));
-  for (int64_t i = 0; i < n; ++i) out[i] = (sum[i] - mean) * factor * weight[i] + bias[i];
-}
 
 template <typename T>
 void add_and_normalize(const T* x, const T* residual, const compute_t<T>* weight,
@@ -29,7 +20,7 @@ void add_and_normalize(const T* x, const T* residual, const compute_t<T>* weight
       load_row(x + m * n, sum.get(), n);
       const C* other = as_compute(residual + m * n, scratch.get(), n);
       for (int64_t i = 0; i < n; ++i) sum[i] += other[i];
-      normalize_row(sum.get(), weight, bias, eps, n, scratch.get());
+      layer_norm_row<C>(sum, weight, bias, eps, n, scratch);
       store_row(scratch.get(), y + m * n, n);
     }
   });

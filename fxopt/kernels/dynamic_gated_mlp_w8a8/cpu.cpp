@@ -2,14 +2,12 @@
 // the product of the two is taken in cache; the hidden rows are then quantized and go down.
 #include <torch/library.h>
 
-#include "fxopt/kernels/native/linear.h"
+#include "fxopt/kernels/native/feed_forward.h"
 
 namespace fxopt {
 namespace {
 
 constexpr int64_t kHalf = kPanel / 2;
-// Rows whose hidden values (float32) are held at a time.
-constexpr int64_t kChunk = 1024;
 
 // hidden[m][f] = activation(gate[m][f]) * up[m][f], in float32.
 void gate_up(const QuantizedRows& a, const Int8Weight& weight, Activation activation,
@@ -73,23 +71,13 @@ at::Tensor dynamic_gated_mlp_w8a8(const at::Tensor& x, const at::Tensor& gate_up
   const at::ScalarType dtype = x.scalar_type();
   at::Tensor y = empty_like_rows(x, n, dtype);
   if (y.numel() == 0) return y;
-  const Matrix rows = as_matrix(x);
-  const int64_t total = y.numel() / n;
   const WeightView up_parts(gate_up_weight, gate_up_scale, gate_up_sum, gate_up_bias);
   const WeightView down_parts(down_weight, down_scale, down_sum, down_bias);
-  const int64_t chunk = std::min(kChunk, total);
-  Buffer<float> hidden(chunk * f);
-  for (int64_t first = 0; first < total; first += chunk) {
-    const int64_t m = std::min(chunk, total - first);
-    TokenQuantized input(m, rows.k, gate_up_sum.has_value());
-    const auto* from = static_cast<const char*>(rows.data) + first * rows.ld * x.element_size();
-    input.quantize(from, dtype, rows.ld, factors.get());
-    gate_up(input.rows(), up_parts.view(), act, hidden);
-    TokenQuantized middle(m, f, down_sum.has_value());
-    middle.quantize(hidden, at::kFloat, f, down_factors.get());
-    auto* to = static_cast<char*>(y.mutable_data_ptr()) + first * n * x.element_size();
-    linear_rows(middle.rows(), down_parts.view(), Activation::none, {to, n, dtype});
-  }
+  const Int8Weight up = up_parts.view();
+  const auto hidden = [&](const QuantizedRows& a, float* out) { gate_up(a, up, act, out); };
+  feed_forward(as_matrix(x), y.numel() / n, dtype,
+               {up, down_parts.view(), factors.get(), down_factors.get()}, hidden,
+               y.mutable_data_ptr());
   return y;
 }
 

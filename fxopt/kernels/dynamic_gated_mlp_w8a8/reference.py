@@ -13,52 +13,46 @@ Both linears quantize their input per token, asymmetrically where the sum of the
 What lies between them stays in float32, so the result is rounded to the dtype of x once.
 """
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
 from fxopt.errors import KernelError
 from fxopt.kernels.activation import activation_function
-from fxopt.kernels.checks import (
-    check_floating,
-    check_int8_weight,
-    check_pre_scale,
-    check_weight_sum,
-)
+from fxopt.kernels.feed_forward import Int8Linear, check_feed_forward, feed_forward
 from fxopt.kernels.linear_w8a8.reference import linear_w8a8
-from fxopt.kernels.quantize_per_token.reference import quantize_rows
 from fxopt.kernels.registry import register_fake, register_reference
 
-__all__ = ["check_gated_mlp", "dynamic_gated_mlp_w8a8"]
+__all__ = ["check_gated_mlp", "dynamic_gated_mlp_w8a8", "gated"]
 
 
 def check_gated_mlp(
     x: Tensor,
-    gate_up_weight: Tensor,
-    gate_up_scale: Tensor,
-    gate_up_sum: Tensor | None,
-    gate_up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_scale: Tensor,
-    down_sum: Tensor | None,
-    down_bias: Tensor | None,
+    gate_up: Int8Linear,
+    down: Int8Linear,
     pre_scale: Tensor | None,
     down_pre_scale: Tensor | None,
 ) -> None:
     """Raise a KernelError for dtypes and sizes that do not fit."""
-    if x.dim() == 0:
-        raise KernelError("dynamic_gated_mlp_w8a8 needs a tensor [..., K], got a scalar")
-    check_floating(x.dtype, "x")
-    check_int8_weight(gate_up_weight, gate_up_scale, gate_up_bias, x.size(-1))
-    check_weight_sum(gate_up_sum, gate_up_weight)
-    if gate_up_weight.size(0) % 2 != 0:
+    rows = gate_up.weight.size(0)
+    name = "dynamic_gated_mlp_w8a8"
+    if rows % 2 != 0:
         raise KernelError(
             "gate_up_weight must have the gate rows and then as many up rows, "
-            f"got {list(gate_up_weight.shape)}"
+            f"got {list(gate_up.weight.shape)}"
         )
-    check_int8_weight(down_weight, down_scale, down_bias, gate_up_weight.size(0) // 2)
-    check_weight_sum(down_sum, down_weight)
-    check_pre_scale(pre_scale, x.size(-1))
-    check_pre_scale(down_pre_scale, down_weight.size(1), "down_pre_scale")
+    check_feed_forward(name, x, gate_up, down, rows // 2, pre_scale, down_pre_scale)
+
+
+def gated(activation: str) -> Callable[[Tensor], Tensor]:
+    """activation(gate) * up of the two halves of a tensor."""
+    active = activation_function(activation)
+
+    def hidden(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return active(gate) * up
+
+    return hidden
 
 
 @register_reference(
@@ -82,37 +76,11 @@ def dynamic_gated_mlp_w8a8(
     down_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """Gated feed-forward block; see the module's equation."""
-    check_gated_mlp(
-        x,
-        gate_up_weight,
-        gate_up_scale,
-        gate_up_sum,
-        gate_up_bias,
-        down_weight,
-        down_scale,
-        down_sum,
-        down_bias,
-        pre_scale,
-        down_pre_scale,
-    )
-    q, scale, zero_point = quantize_rows(x, gate_up_sum is not None, pre_scale)
-    gate_up = linear_w8a8(
-        q,
-        scale,
-        zero_point,
-        gate_up_weight,
-        gate_up_scale,
-        gate_up_sum,
-        gate_up_bias,
-        "none",
-        torch.float32,
-    )
-    gate, up = gate_up.chunk(2, -1)
-    hidden = activation_function(activation)(gate) * up
-    q, scale, zero_point = quantize_rows(hidden, down_sum is not None, down_pre_scale)
-    return linear_w8a8(
-        q, scale, zero_point, down_weight, down_scale, down_sum, down_bias, "none", x.dtype
-    )
+    gate_up = Int8Linear(gate_up_weight, gate_up_scale, gate_up_sum, gate_up_bias)
+    down = Int8Linear(down_weight, down_scale, down_sum, down_bias)
+    check_gated_mlp(x, gate_up, down, pre_scale, down_pre_scale)
+    hidden = gated(activation)
+    return feed_forward(linear_w8a8, x, gate_up, down, hidden, pre_scale, down_pre_scale)
 
 
 @register_fake("dynamic_gated_mlp_w8a8")
@@ -130,18 +98,8 @@ def _(
     pre_scale: Tensor | None = None,
     down_pre_scale: Tensor | None = None,
 ) -> Tensor:
-    check_gated_mlp(
-        x,
-        gate_up_weight,
-        gate_up_scale,
-        gate_up_sum,
-        gate_up_bias,
-        down_weight,
-        down_scale,
-        down_sum,
-        down_bias,
-        pre_scale,
-        down_pre_scale,
-    )
+    gate_up = Int8Linear(gate_up_weight, gate_up_scale, gate_up_sum, gate_up_bias)
+    down = Int8Linear(down_weight, down_scale, down_sum, down_bias)
+    check_gated_mlp(x, gate_up, down, pre_scale, down_pre_scale)
     activation_function(activation)
     return x.new_empty((*x.shape[:-1], down_weight.size(0)))

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fxopt.kernels.activation import activation_function
-from fxopt.kernels.dynamic_gated_mlp_w8a8.reference import check_gated_mlp
+from fxopt.kernels.dynamic_gated_mlp_w8a8.reference import check_gated_mlp, gated
+from fxopt.kernels.feed_forward import Int8Linear
 from fxopt.kernels.linear_w8a8.triton import launch as launch_linear
 from fxopt.kernels.quantize_per_token.triton import launch_rows
 
@@ -26,34 +26,11 @@ def launch(
     down_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """Gated feed-forward block on x [..., K]; y [..., N] like x."""
-    check_gated_mlp(
-        x,
-        gate_up_weight,
-        gate_up_scale,
-        gate_up_sum,
-        gate_up_bias,
-        down_weight,
-        down_scale,
-        down_sum,
-        down_bias,
-        pre_scale,
-        down_pre_scale,
-    )
+    gate_up = Int8Linear(gate_up_weight, gate_up_scale, gate_up_sum, gate_up_bias)
+    down = Int8Linear(down_weight, down_scale, down_sum, down_bias)
+    check_gated_mlp(x, gate_up, down, pre_scale, down_pre_scale)
     q, scale, zero_point = launch_rows(x, gate_up_sum is not None, pre_scale)
-    gate_up = launch_linear(
-        q,
-        scale,
-        zero_point,
-        gate_up_weight,
-        gate_up_scale,
-        gate_up_sum,
-        gate_up_bias,
-        "none",
-        torch.float32,
-    )
-    gate, up = gate_up.chunk(2, -1)
-    hidden = activation_function(activation)(gate) * up
+    both = launch_linear(q, scale, zero_point, *gate_up, "none", torch.float32)
+    hidden = gated(activation)(both)
     q, scale, zero_point = launch_rows(hidden, down_sum is not None, down_pre_scale)
-    return launch_linear(
-        q, scale, zero_point, down_weight, down_scale, down_sum, down_bias, "none", x.dtype
-    )
+    return launch_linear(q, scale, zero_point, *down, "none", x.dtype)

@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "fxopt/kernels/native/rows.h"
+#include "fxopt/kernels/native/norm.h"
 
 namespace fxopt {
 namespace {
@@ -18,13 +18,7 @@ void normalize_rows(const T* x, const compute_t<T>* weight, double eps, int64_t 
     Buffer<C> out(n);
     for (int64_t m = first; m < last; ++m) {
       const C* row = as_compute(x + m * n, scratch.get(), n);
-      const C squares = sum_row<C>(n, [&](int64_t i) { return row[i] * row[i]; });
-      const C factor = C(1) / std::sqrt(squares / C(n) + C(eps));
-      if (weight != nullptr) {
-        for (int64_t i = 0; i < n; ++i) out[i] = row[i] * factor * weight[i];
-      } else {
-        for (int64_t i = 0; i < n; ++i) out[i] = row[i] * factor;
-      }
+      rms_norm_row<C>(row, weight, eps, n, out);
       store_row(out.get(), y + m * n, n);
     }
   });

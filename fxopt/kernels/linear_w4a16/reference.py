@@ -9,8 +9,8 @@ Two's complement is the table 0, 1, ... 7, -8, ... -1; nf4 and learned codebooks
 Shapes:
     x [..., K] floating; codes [N, ceil(K / 2)] uint8, the lower four bits first; scale [N, G]
     float32 with K divisible by G; zero_point [N, G] int8, or None; bias [N], or None; activation
-    one of fxopt.kernels.ACTIVATIONS; table [16] float32; outlier_start [N + 1] int32, rising from 0,
-    outlier_column (below K) and outlier_value [outliers] int32 and float32, or all None
+    one of fxopt.kernels.ACTIVATIONS; table [16] float32; outlier_start [N + 1] int32, rising from
+    0, outlier_column (below K) and outlier_value [outliers] int32 and float32, or all None
     -> y [..., N] of x's dtype.
 """
 

@@ -40,12 +40,7 @@ at::Tensor pad_rows(const Matrix& rows) {
 
 void sum_rows(const Rows& q, int32_t* sums) {
   at::parallel_for(0, q.m, 32768 / (q.k + 1) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t m = first; m < last; ++m) {
-      const int8_t* row = q.data + m * q.lda;
-      int32_t sum = 0;
-      for (int64_t i = 0; i < q.k; ++i) sum += row[i];
-      sums[m] = sum;
-    }
+    for (int64_t m = first; m < last; ++m) sums[m] = sum_int8(q.data + m * q.lda, q.k);
   });
 }
 

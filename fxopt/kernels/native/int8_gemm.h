@@ -42,6 +42,17 @@ inline __mmask64 tail_mask(int64_t count) {
   return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1;
 }
 
+// The sum of a row of A.
+inline int32_t sum_int8(const int8_t* row, int64_t k) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sum = _mm512_setzero_si512();
+  int64_t i = 0;
+  for (; i + 64 <= k; i += 64) sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(row + i));
+  if (i < k)
+    sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(tail_mask(k - i), row + i));
+  return _mm512_reduce_add_epi32(sum);
+}
+
 // Sums of the sixteen lanes of four vectors.
 inline __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
   const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -198,6 +209,12 @@ inline void tile_rows(int64_t rows, const int8_t* a, int64_t lda, const uint8_t*
 }
 
 #else
+
+inline int32_t sum_int8(const int8_t* row, int64_t k) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < k; ++i) sum += row[i];
+  return sum;
+}
 
 template <int ROWS>
 inline void dot_panel(const int8_t* a, int64_t lda, const int8_t* const* w, int64_t columns,

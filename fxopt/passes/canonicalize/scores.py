@@ -109,7 +109,9 @@ def _cast_or_view(node: Node, depth: int) -> Scores | None:
     if inner is None:
         return None
     if packet_of(node) is aten.to:
-        obstacle = None if is_transparent_cast(node) else "the scores are converted to or from integers"
+        obstacle = (
+            None if is_transparent_cast(node) else "the scores are converted to or from integers"
+        )
         return replace(inner, obstacle=inner.obstacle or obstacle)
     if not same_sizes(shape_of(node)[-2:], shape_of(inner.product)[-2:]):
         return None

@@ -54,6 +54,7 @@ class AwqScale(Pass):
     def __post_init__(self) -> None:
         if self.ratio != "auto" and not 0 <= self.ratio <= 1:
             raise RecipeError(f"ratio {self.ratio} is not between 0 and 1, nor 'auto'.")
+        self.weights.refuse_heads("awq-scale")
 
     def needs(self) -> tuple[Calibration, ...]:
         """The mean of |x| per channel of every linear's input; for "auto", some rows."""

@@ -27,11 +27,15 @@ def centre(program: Program, changes: Changes, made_by: str) -> None:
         readers = _norms(program, symmetry)
         if not readers:
             continue
-        changes.apply(symmetry, None, f"{len(readers)} layer norms become rms norms, writers centred")
+        changes.apply(
+            symmetry, None, f"{len(readers)} layer norms become rms norms, writers centred"
+        )
         for node in readers:
             _replace(program, node, made_by)
     for node in program.nodes(aten.layer_norm.default):
-        reason = found.reason_of_value(node.args[0]) or "one of the norms reads a part of the stream"
+        reason = (
+            found.reason_of_value(node.args[0]) or "one of the norms reads a part of the stream"
+        )
         changes.refuse(module_path(node) or node.name, f"its mean has to stay: {reason}")
 
 

@@ -41,9 +41,7 @@ class Changes:
     def result(self, refusals: Iterable[Refusal] = ()) -> PassResult:
         """The pass's result."""
         notes = (_CACHE_NOTE,) if self.state else ()
-        return PassResult(
-            tuple(self.sites), (*self.refusals, *refusals), notes, dict(self.state)
-        )
+        return PassResult(tuple(self.sites), (*self.refusals, *refusals), notes, dict(self.state))
 
 
 def _then(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> StateChange:

@@ -4,11 +4,11 @@
     excess_j(s) = 2 b_j^2 / n * exp(-(u_j - a_j) / b_j)
     b_j = g a_j,    u_j = s_j max_i(a_i / s_i)
 
-a_j is the reach of channel j over n tokens, u_j where its range ends. A new token goes beyond what n
-tokens reached with probability 1/n; beyond it the tail decays exponentially by b_j, so that excess_j
-is the mean square of what is cut off. g, the tail index, is one for all channels: the median of
-Hill's estimator over the channels, since that of a single channel scatters too much. A channel's
-weight_j is the mean weight of its largest tokens.
+a_j is the reach of channel j over n tokens, u_j where its range ends. A new token goes beyond what
+n tokens reached with probability 1/n; beyond it the tail decays exponentially by b_j, so that
+excess_j is the mean square of what is cut off. g, the tail index, is one for all channels: the
+median of Hill's estimator over the channels, since that of a single channel scatters too much. A
+channel's weight_j is the mean weight of its largest tokens.
 
 On the tokens that gave the range nothing is cut off. Without this term a search therefore brings
 every channel to the range's end, and d channels at the end cut off d/n values of each new token.

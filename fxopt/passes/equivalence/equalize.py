@@ -22,7 +22,6 @@ from fxopt.ir.program import Level, Program
 from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
 from fxopt.passes.equivalence.changes import Changes
 
-
 _ONE_SIDE = (
     "no other weight takes its factors up inversely, so there is no second range to make equal to "
     "its own"

@@ -1,6 +1,6 @@
 """Rotations that no weight can take up on the writing side: an operator at run time.
 
-    y = x W^T = (x H)(W H)^T,      q k^T = (q H)(k H)^T
+y = x W^T = (x H)(W H)^T,      q k^T = (q H)(k H)^T
 """
 
 from typing import Any
@@ -97,9 +97,7 @@ def _newest(program: Program, key: Any) -> tuple[Node | None, Node | None]:
     return (parts[1], parts[0]) if plain and alone else (None, None)
 
 
-def _spin(
-    program: Program, reader: Node, index: int, value: Any, width: int, made_by: str
-) -> None:
+def _spin(program: Program, reader: Node, index: int, value: Any, width: int, made_by: str) -> None:
     spun = Builder(program, reader, made_by).call(operators.hadamard.default, value, width)
     reader.update_arg(index, spun)
 

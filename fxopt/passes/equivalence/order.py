@@ -20,7 +20,12 @@ _PROPOSALS_PER_COORDINATE = 8
 
 
 def choose_order(
-    program: Program, symmetry: Symmetry, by: str, group: int, seed: int, given: Sequence[int] | None
+    program: Program,
+    symmetry: Symmetry,
+    by: str,
+    group: int,
+    seed: int,
+    given: Sequence[int] | None,
 ) -> Tensor:
     """An order [blocks, size]: coordinate c takes what stood at order[c].
 
@@ -85,7 +90,7 @@ def group_cost(reach: Tensor, order: Tensor, group: int) -> Tensor:
 
 
 def _search(reach: Tensor, order: Tensor, group: int, seed: int) -> Tensor:
-    """Exchange coordinates of two groups as long as that lowers the cost; never worse than sorted."""
+    """Exchange coordinates of two groups while that lowers the cost; never worse than sorted."""
     generator = torch.Generator().manual_seed(seed)
     order = order.clone()
     size = order.shape[1]

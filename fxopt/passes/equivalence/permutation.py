@@ -103,9 +103,7 @@ class Permutation(Pass):
 
 def _moved_after_all(refusal: Refusal, moved: set[str]) -> bool:
     """Whether a kv head that did not move alone moved with its group."""
-    return refusal.reason.startswith(WHOLE_GROUP) and not moved.isdisjoint(
-        refusal.site.split(", ")
-    )
+    return refusal.reason.startswith(WHOLE_GROUP) and not moved.isdisjoint(refusal.site.split(", "))
 
 
 def reorder_graph(program: Program, edits: Iterable[Edit], order: Tensor, made_by: str) -> None:
@@ -121,7 +119,7 @@ def reorder_graph(program: Program, edits: Iterable[Edit], order: Tensor, made_b
 
 
 def _reordered_table(build: Builder, table: Node, edit: Edit, order: Tensor) -> Node:
-    """cos or sin [B, 1 or H, S, R] with its heads, its last axis, or both in another order.
+    """Cos or sin [B, 1 or H, S, R] with its heads, its last axis, or both in another order.
 
     Heads may stand behind the tokens; leading axes of length one may be missing.
     """

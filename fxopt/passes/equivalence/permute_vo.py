@@ -2,7 +2,8 @@
 
     v_pi = x Wv[pi]^T,   y = (softmax(q k^T) v_pi) Wo[:, pi]^T
 
-Shapes: Wv [Hkv D, d], rows; Wo [d, H D], columns of the H / Hkv query heads of a kv head alike; pi of D per kv head.
+Shapes: Wv [Hkv D, d], rows; Wo [d, H D], columns of the H / Hkv query heads of a kv head alike;
+    pi of D per kv head.
 Exactness: equal over the reals; every number keeps its value.
 Source: Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021.
 """

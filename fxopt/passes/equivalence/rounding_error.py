@@ -115,7 +115,7 @@ def _activation_step(rounding: Rounding, inverse: Tensor) -> Tensor:
 
 
 def largest(values: Tensor, scale: Tensor) -> Tensor:
-    """The largest of values [n, d] times scale [d] in each row; a gradient reaches that one alone."""
+    """The largest of values [n, d] times scale [d] in each row; gradients reach that one alone."""
     with torch.no_grad():
         places = (values * scale).argmax(1)
     return values.gather(1, places[:, None])[:, 0] * scale[places]

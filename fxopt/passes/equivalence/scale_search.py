@@ -38,9 +38,7 @@ def best_scale(
     return min([None, start, _descend(expected, site, start)], key=measured)
 
 
-def _descend(
-    expected: Callable[[Tensor], Tensor], site: SmoothingSite, start: Tensor
-) -> Tensor:
+def _descend(expected: Callable[[Tensor], Tensor], site: SmoothingSite, start: Tensor) -> Tensor:
     coordinates = start if site.symmetry is None else site.gather(start)
     logarithm = coordinates.log().float().requires_grad_(True)
     adam = torch.optim.Adam([logarithm], lr=RATE)

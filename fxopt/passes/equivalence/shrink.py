@@ -1,6 +1,6 @@
 """Take removed coordinates out of a program: its weights, its caches, and the sizes it writes down.
 
-    reshape(x, [B, S, 64])  ->  reshape(x, [B, S, 48]);   slice(x, 32, 64)  ->  slice(x, 24, 48)
+reshape(x, [B, S, 64])  ->  reshape(x, [B, S, 48]);   slice(x, 32, 64)  ->  slice(x, 24, 48)
 """
 
 import dataclasses
@@ -61,15 +61,9 @@ def follow(removal: Removal, program: Program, norms: bool) -> dict[Node, Argume
 
 
 def _arguments(node: Node, read: Cut | None, made: Any, norms: bool) -> Arguments:
-    if node.target in _SIZED and isinstance(made, Cut):
-        sizes: Any = list(node.args[1])  # type: ignore[arg-type]
-        if isinstance(sizes[made.axis], int) and sizes[made.axis] != -1:
-            sizes[made.axis] = made.count
-            return {1: sizes}
-        if isinstance(sizes[made.axis], Node):
-            raise AnalysisError(f"{node.name} computes the size of the axis when the model runs")
-    if read is None:
-        return {}
+    sized = _sizes(node, made) if node.target in _SIZED and isinstance(made, Cut) else {}
+    if sized or read is None:
+        return sized
     if node.target in _NORMS and read.axis == len(shape_of(node)) - 1:
         if not norms:
             raise AnalysisError(f"{node.name} measures all of the axis together")
@@ -83,6 +77,16 @@ def _arguments(node: Node, read: Cut | None, made: Any, norms: bool) -> Argument
     if node.target in _SPLITS and isinstance(made, list):
         return _lengths(node, read, made)  # pyright: ignore[reportUnknownArgumentType]
     return {}
+
+
+def _sizes(node: Node, made: Cut) -> Arguments:
+    sizes: Any = list(node.args[1])  # type: ignore[arg-type]
+    if isinstance(sizes[made.axis], Node):
+        raise AnalysisError(f"{node.name} computes the size of the axis when the model runs")
+    if sizes[made.axis] == -1:
+        return {}
+    sizes[made.axis] = made.count
+    return {1: sizes}
 
 
 def _axis(node: Node, place: int) -> int:
@@ -101,7 +105,7 @@ def _bounds(node: Node, read: Cut) -> Arguments:
     arguments: Any = [*node.args, 0, None, None, 1][: 4 if len(node.args) < 5 else 5]
     if _axis(node, 1) != read.axis:
         return {}
-    start, end = (arguments + [None, None])[2:4]
+    start, end = [*arguments, None, None][2:4]
     size = read.kept.shape[read.axis]
     step = arguments[4] if len(arguments) > 4 else 1
     if step != 1:

@@ -126,7 +126,9 @@ class SliceChannels(Pass):
             names = ", ".join(edit.name for edit in symmetry.weights)
             blocks = f" in each of {symmetry.blocks} blocks" if symmetry.blocks > 1 else ""
             gone = f"{symmetry.size - kept.shape[1]} of {symmetry.size} {symmetry.role}"
-            changes.sites.append(Site(symmetry.path, f"{gone} coordinates removed{blocks}: {names}"))
+            changes.sites.append(
+                Site(symmetry.path, f"{gone} coordinates removed{blocks}: {names}")
+            )
 
     def _count(self, symmetry: Symmetry, fraction: float) -> int:
         width = 1 if symmetry.unit is Unit.CHANNEL else symmetry.weights[0].positions.shape[2]
@@ -138,5 +140,3 @@ class SliceChannels(Pass):
 def _may_norm(symmetry: Symmetry) -> bool:
     """Only of the residual stream is it known and said that norms measure what is left."""
     return symmetry.role == "residual"
-
-

@@ -55,9 +55,7 @@ def _site(program: Program, reader: Reader, found: Symmetries, fold: bool) -> Sm
     names = set(reader.weights)
     reason = "folding was not asked for"
     for symmetry in found if fold else ():
-        edits = tuple(
-            edit for edit in symmetry.weights if edit.name in names and edit.axes == (1,)
-        )
+        edits = tuple(edit for edit in symmetry.weights if edit.name in names and edit.axes == (1,))
         whole = all(edit.positions.size == width for edit in edits)
         if {edit.name for edit in edits} == names and whole:
             return SmoothingSite(reader, symmetry, edits)

@@ -54,7 +54,7 @@ class SmoothQuant(Pass):
             raise RecipeError(f"alpha {self.alpha} is not between 0 and 1, nor 'auto'.")
 
     def needs(self) -> tuple[Calibration, ...]:
-        """The reach of every linear's input; for "auto", some of its rows too, and of how many tokens."""
+        """The reach of every linear's input; for "auto", some rows too, and of how many tokens."""
         ranges = (Calibration("minimum"), Calibration("maximum"))
         searched = (Calibration("rows", ROWS), Calibration("tokens"))
         return (*ranges, *searched) if self.alpha == "auto" else ranges
@@ -120,7 +120,7 @@ def _smooth(site: SmoothingSite, reach: Tensor, columns: Tensor, alpha: float) -
 
 
 def _smooth_channels(reach: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    """s = a^alpha / w^(1 - alpha); channels that are zero on either side keep s = 1."""
+    """S = a^alpha / w^(1 - alpha); channels that are zero on either side keep s = 1."""
     dead = (reach < SMALLEST) | (columns < SMALLEST)
     scale = reach.clamp(SMALLEST) ** alpha / columns.clamp(SMALLEST) ** (1 - alpha)
     return torch.where(dead, 1.0, scale.clamp(SMALLEST))

@@ -30,9 +30,7 @@ def mean_error(exact: Tensor, rounded: Tensor, mean: Tensor) -> Tensor:
     return torch.cat([(q.double() - w.double()) @ mean.double() for q, w in pairs])
 
 
-def correct_bias(
-    program: Program, build: Builder, linear: Node, exact: Node, mean: Tensor
-) -> bool:
+def correct_bias(program: Program, build: Builder, linear: Node, exact: Node, mean: Tensor) -> bool:
     """Correct a linear that reads a stored weight instead of `exact`; whether its bias changed.
 
     A linear without a bias gets one where the correction is not zero; a bias that others share or

@@ -212,9 +212,7 @@ class _Sizes:
             return torch.empty(shape, dtype=spec.dtype, device=device)
 
 
-def _shapes(
-    state: CacheState, form: StateForm, length: Dimension
-) -> list[tuple[Dimension, ...]]:
+def _shapes(state: CacheState, form: StateForm, length: Dimension) -> list[tuple[Dimension, ...]]:
     """The shape of each part, from axis 2 on."""
     if not form.bits:
         return [(length, state.width), (length, 1)]

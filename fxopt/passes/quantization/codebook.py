@@ -31,7 +31,8 @@ def outlier_mask(weight: Tensor, threshold: float) -> Tensor:
         return torch.zeros_like(weight, dtype=torch.bool)
     mean = float(weight.mean(dtype=torch.float64))
     square = sum(
-        float((part.double() - mean).square().sum()) for part in weight.flatten().split(_SLAB_ELEMENTS)
+        float((part.double() - mean).square().sum())
+        for part in weight.flatten().split(_SLAB_ELEMENTS)
     )
     sigma = math.sqrt(square / weight.numel())
     # log N = -(w - mu)^2 / (2 sigma^2) - log(sigma sqrt(2 pi)), solved for |w - mu|

@@ -1,6 +1,6 @@
 """GOBO: weights from a small learned table, the few that no table fits kept as they are.
 
-    W ~ put(table[codes], positions, values),    positions = {i : log N(W_i; mu, sigma^2) < threshold}
+    W ~ put(table[codes], positions, values),  positions = {i : log N(W_i; mu, sigma^2) < threshold}
 
 Shapes: W [out, in] of a linear or [rows, d] of an embedding; codes packed [out, ceil(in bits / 8)]
     uint8; table [1, 1, 2^bits] and values [outliers] in W's dtype; positions [outliers] int64, as

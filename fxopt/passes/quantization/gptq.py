@@ -27,6 +27,7 @@ from fxopt.passes.quantization.grid import encode_by_rows
 from fxopt.passes.quantization.options import WeightOptions
 from fxopt.passes.quantization.sites import (
     kind_of,
+    mark_heads,
     not_selected,
     unquantizable,
     weight_options,
@@ -64,7 +65,7 @@ class Gptq(Pass):
 
     def check_order(self, weights: WeightOptions) -> None:
         """Refuse groups whose ranges would wait for columns in an order of their own."""
-        grouped = weights.granularity in ("group", "block")
+        grouped = weights.granularity in ("group", "block", "head")
         if self.act_order and grouped and not self.static_groups:
             raise RecipeError(
                 "act_order scatters the columns of a group over the order of rounding, so its "
@@ -77,6 +78,7 @@ class Gptq(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Round every selected linear while the calibration data flows through the program."""
+        mark_heads(program, self.weights)
         rounding = _Rounding(self, program, context)
         rounding.lockstep.run(rounding.visit, rounding.rounded())
         return PassResult(

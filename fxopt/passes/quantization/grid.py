@@ -129,9 +129,7 @@ def _rows(grid: Grid, first: int, last: int) -> Grid:
     return Grid(grid.format, grid.block, grid.scale[first:last], zero, grid.low, grid.high)
 
 
-def _grid_of(
-    x: Tensor, options: WeightOptions, low: int, high: int, loss: Loss | None
-) -> Grid:
+def _grid_of(x: Tensor, options: WeightOptions, low: int, high: int, loss: Loss | None) -> Grid:
     block = options.block
     scale, zero_point = ops.choose_qparams(x, block, options.symmetric, low, high)
     # Between q_min and q_max, as zero always lies in the range.

@@ -4,13 +4,12 @@
 
 T_0 is the time of a call when every group takes the first choice, T(kind, c) that when the groups
 of one kind (weights of the same shapes) take choice c instead. Caches, merged kernels and what the
-speed gate turns down are then those of the program that will run. Kinds do not quite add up (kernels
-are fused across them), so the differences of a choice are stretched to give T(all, c) when all groups
-take it. Each T is timed by turns with T_0: a busy machine slows both.
+speed gate turns down are then those of the program that will run. Kinds do not quite add up
+(kernels are fused across them), so the differences of a choice are stretched to give T(all, c) when
+all groups take it. Each T is timed by turns with T_0: a busy machine slows both.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, has_effect
+from fxopt.ir.timing import time_by_turns
 from fxopt.passes.base import Context
 from fxopt.passes.quantization.assignment import Matrix
 from fxopt.passes.quantization.linear_groups import LinearGroup
@@ -117,12 +117,5 @@ def _stretched(gains: NDArray[np.float64], whole: float) -> NDArray[np.float64]:
 
 def _fastest(*calls: Callable[[], Any]) -> list[float]:
     """The fastest of many calls of each, taken by turns, in milliseconds."""
-    best = [math.inf] * len(calls)
-    started, rounds = time.perf_counter(), 0
-    while rounds < _FEWEST_ROUNDS or time.perf_counter() - started < _ENOUGH_SECONDS:
-        rounds += 1
-        for index, call in enumerate(calls):
-            begun = time.perf_counter()
-            call()
-            best[index] = min(best[index], (time.perf_counter() - begun) * 1e3)
-    return best
+    times = time_by_turns(calls, _FEWEST_ROUNDS, _ENOUGH_SECONDS)
+    return [min(found) * 1e3 for found in times]

@@ -13,7 +13,7 @@ Source: Bondarenko et al., Understanding and Overcoming the Challenges of Effici
     Quantization, EMNLP 2021, arXiv:2109.12948.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.analysis.calibration import Sample, real_rows
-from fxopt.analysis.execution import run
-from fxopt.errors import CalibrationError, RecipeError
-from fxopt.ir.program import Level, Program, Refusal, Site, has_effect, module_path
+from fxopt.analysis.calibration import Sample
+from fxopt.analysis.lockstep import Instead, Lockstep
+from fxopt.analysis.output_error import OutputError
+from fxopt.errors import RecipeError
+from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
+from fxopt.rewrite.builder import first_call
 
 aten = torch.ops.aten
 ops = torch.ops.fxopt
@@ -62,15 +64,13 @@ class MixedPrecision(Pass):
         rounded = static_activations(program)
         if not rounded:
             return PassResult(refusals=(_NOTHING,))
-        trial = _Trial(rounded, program, context.samples[: self.batches])
+        trial = _Trial(program, context.samples[: self.batches])
         whole = trial.error(())
         left = self.keep - sum(len(r.sites) for r in program.history if r.name == self.name)
         if left <= 0 or (self.target is not None and whole <= self.target):
             return PassResult()
-        gains: dict[str, float] = {}
-        for name in rounded:
-            context.progress(name)
-            gains[name] = whole - trial.error((name,))
+        alone = trial.errors_alone(context.progress)
+        gains = {name: whole - alone[name] for name in rounded}
         sites: list[Site] = []
         kept: list[str] = []
         # A stable sort: equals stay in graph order.
@@ -120,37 +120,49 @@ def _keep(linears: list[Node], detail: str) -> Site:
 class _Trial:
     """The error of the first output with some activations in floating point."""
 
-    def __init__(
-        self, rounded: dict[str, list[Node]], program: Program, samples: Iterable[Sample]
-    ) -> None:
+    def __init__(self, program: Program, samples: Sequence[Sample]) -> None:
         self.program = program.clone()  # untouched by what the pass restores
-        self.samples = list(samples)
-        self.exact = self._outputs(rounded)
-        self.size = sum(float(y.square().sum()) for y in self.exact) ** 0.5
+        self.samples = samples
+        self.rounded = static_activations(self.program)
+        self.whole = Lockstep(self.program, samples)
+        self.whole.begin()
+        self.exact = OutputError.of(self.program, samples, self._outputs(self.rounded))
 
     def error(self, kept: Iterable[str]) -> float:
         """e(S) of the activations `kept`."""
-        pairs = zip(self._outputs(kept), self.exact, strict=True)
-        squares = sum(float((y - exact).square().sum()) for y, exact in pairs)
-        return squares**0.5 / max(self.size, 1e-30)
+        return self.exact.relative(self._outputs(kept))
 
-    def _outputs(self, kept: Iterable[str]) -> list[Tensor]:
-        twin = self.program.clone()
-        rounded = static_activations(twin)
-        _restore(linear for name in kept for linear in rounded[name])
-        twin.graph.eliminate_dead_code(has_effect)
-        outputs: list[Tensor] = []
-        for sample in self.samples:
-            outputs.append(real_rows(_first(run(twin, sample.inputs)), sample.tokens).double())
-        return outputs
+    def errors_alone(self, progress: Callable[[str], None]) -> dict[str, float]:
+        """e({a}) of each activation; what comes before it is computed once for all."""
+        found: dict[str, float] = {}
+        first = {_first_codes(linears): name for name, linears in self.rounded.items()}
+        lockstep = Lockstep(self.program, self.samples)
+
+        def visit(node: Node) -> None:
+            name = first.get(node)
+            if name is not None:
+                progress(name)
+                outputs = list(lockstep.outputs(node, self._instead([name])))
+                found[name] = self.exact.relative(outputs)
+
+        lockstep.run(visit)
+        return found
+
+    def _outputs(self, kept: Iterable[str]) -> list[list[Tensor]]:
+        return list(self.whole.outputs(first_call(self.program), self._instead(kept)))
+
+    def _instead(self, kept: Iterable[str]) -> dict[Node, Instead]:
+        """Codes that are the activation itself, and are read as they are."""
+        instead: dict[Node, Instead] = {}
+        for linear in (linear for name in kept for linear in self.rounded[name]):
+            back: Any = linear.args[0]
+            codes = back.args[0]
+            instead[codes] = lambda load, source=codes.args[0]: load(source)
+            instead[back] = lambda load, codes=codes: load(codes)
+        return instead
 
 
-def _first(outputs: list[Tensor]) -> Tensor:
-    """The first floating output."""
-    floating = [value for value in outputs if value.is_floating_point()]
-    if not floating:
-        raise CalibrationError(
-            "mixed-precision judges by a floating output and the model has none. Capture a model "
-            "that returns logits or hidden states."
-        )
-    return floating[0]
+def _first_codes(linears: Sequence[Node]) -> Node:
+    """Of the nodes that round what linears read, the one that is computed first."""
+    reads: list[Any] = [linear.args[0] for linear in linears]
+    return min(back.args[0] for back in reads)

@@ -1,6 +1,6 @@
 """What a recipe says about weights and activations; shared by every pass that quantizes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fxopt.analysis.observers import Observer
@@ -20,26 +20,38 @@ class WeightOptions:
     """How weights of linears are stored."""
 
     dtype: Literal["int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "nf4"] = "int8"
-    granularity: Literal["tensor", "channel", "group", "block"] = "channel"
+    granularity: Literal["tensor", "channel", "group", "block", "head"] = "channel"
     group_size: int | None = None
     symmetric: bool = True
     block_size: tuple[int, int] | None = None
     range: Literal["absmax", "mse", "output"] = "absmax"
+    groups_per_head: int | None = None
 
     def __post_init__(self) -> None:
         self._check_size("group", "group_size", self.group_size, self.group_size or 0)
-        smallest = min(self.block_size or (0,))
+        # -1 is the whole axis: [16, -1] are groups of 16 rows.
+        smallest = min(1 if size == -1 else size for size in self.block_size or (0,))
         self._check_size("block", "block_size", self.block_size, smallest)
+        self._check_size("head", "groups_per_head", self.groups_per_head, self.groups_per_head or 0)
         _check_zero_point(self.format, self.symmetric)
 
     def _check_size(self, granularity: str, name: str, value: object, smallest: int) -> None:
         if self.granularity == granularity and (value is None or smallest < 1):
-            kind = "a positive number" if granularity == "group" else "[rows, columns], positive"
+            kind = "a positive number"
+            if granularity == "block":
+                kind = "[rows, columns], each positive or -1 for the whole axis"
             raise RecipeError(f"granularity {granularity!r} needs {name}, {kind}.")
         if self.granularity != granularity and value is not None:
             raise RecipeError(
                 f"{name} {value} has no meaning at granularity {self.granularity!r}; set "
                 f"granularity to {granularity!r} or leave {name} out."
+            )
+
+    def refuse_heads(self, who: str) -> None:
+        """Raise where the blocks are those of heads, which only a whole program knows."""
+        if self.granularity == "head":
+            raise RecipeError(
+                f"{who} takes no granularity 'head'; choose 'block' with block_size [rows, -1]."
             )
 
     @property
@@ -56,8 +68,21 @@ class WeightOptions:
             return list(self.block_size or ())
         return [1, self.group_size or -1]
 
+    def by_head(self, axis: int, size: int) -> "WeightOptions":
+        """The same with the blocks of a weight whose heads have `size` places along an axis.
+
+        Where the groups do not divide a head it stays as it is, which is a misfit.
+        """
+        share, left = divmod(size, self.groups_per_head or 1)
+        if left:
+            return self
+        block = (share, -1) if axis == 0 else (-1, share)
+        return replace(self, granularity="block", block_size=block, groups_per_head=None)
+
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """Why blocks do not divide a weight, or None."""
+        if self.granularity == "head":
+            return f"no head of attention was found that {self.groups_per_head} groups divide"
         for length, size, axis in zip(shape, self.block, ("outputs", "inputs"), strict=True):
             if size > 0 and length % size:
                 return f"{self.granularity} size {size} does not divide its {length} {axis}"
@@ -66,7 +91,13 @@ class WeightOptions:
     def describe(self, channel: str = "channel") -> str:
         """For the report: "int4 weight per group of 64"."""
         sizes = {"channel": channel, "group": f"group of {self.group_size}"}
-        sizes["block"] = f"block of {self.block_size}"
+        if self.block_size is not None:
+            rows, columns = self.block_size
+            sizes["block"] = f"block of {self.block_size}"
+            if rows > 0 and columns == -1:
+                sizes["block"] = f"group of {rows} rows"
+            elif rows == -1 and columns > 0:
+                sizes["block"] = f"group of {columns} columns"
         return f"{self.dtype} weight per {sizes.get(self.granularity, self.granularity)}"
 
 
@@ -155,6 +186,8 @@ class Choice:
     def __post_init__(self) -> None:
         if self.weights is not None and self.weights.range == "output":
             raise RecipeError("range 'output' judges whole passes; a choice takes absmax or mse.")
+        if self.weights is not None:
+            self.weights.refuse_heads("a choice")
         if self.activations is not None and self.activations.granularity != "token":
             raise RecipeError(
                 f"activations per {self.activations.granularity} need calibration for the choice "

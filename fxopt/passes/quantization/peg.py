@@ -2,8 +2,8 @@
 
     r_j = max(max x_j, 0) - min(min x_j, 0),   pi = argsort r,   y = x[pi] W[:, pi]^T + b
 
-Shapes: x [..., d], over all calibration tokens; r and pi [d]; W [out, d]. K groups of d / K channels
-    that follow each other then differ little in range, and `quantize` with granularity
+Shapes: x [..., d], over all calibration tokens; r and pi [d]; W [out, d]. K groups of d / K
+    channels that follow each other then differ little in range, and `quantize` with granularity
     "embedding_group" gives each one (scale, zero point).
 Exactness: equal over the reals; every number keeps its value. The order is folded into what writes
     a feed-forward's hidden axis; elsewhere x is gathered in front of its linears, whose columns are

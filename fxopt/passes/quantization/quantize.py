@@ -4,10 +4,12 @@
     y = linear(dequantize(quantize(x)), dequantize(w_q)) + b
 
 Shapes: linear weight [out, in], one scale per tensor, out-channel [out, 1], group of g inputs
-    [out, in / g] or block of outputs and inputs; activation [..., in], one scale per token
-    [..., 1], per tensor or per group of embedding dimensions [K]; embedding table [rows, d], one
-    scale per row or group of a row. Codes of less than 8 bits are packed. Without `weights`,
-    activations of linears alone are rounded.
+    [out, in / g] or block of outputs and inputs, of which [g, -1] is a group of g output rows;
+    activation [..., in], one scale per token [..., 1], per tensor or per group of embedding
+    dimensions [K]; embedding table [rows, d], one scale per row or group of a row. Codes of less
+    than 8 bits are packed. Without `weights`, activations of linears alone are rounded.
+    Granularity "head" divides the rows of each head of Wq, Wk and Wv, and its columns of Wo, into
+    `groups_per_head` groups, and the rows of other weights into groups as large.
 Exactness: approximate; half a step of each scale per element. With `bias_correction` the mean of
     each output over the calibration data is that of exact weights, for inputs as they were before
     the pass.
@@ -15,7 +17,9 @@ Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformer
     NeurIPS 2022, arXiv:2208.07339 (vector-wise scales); Nagel et al., A White Paper on Neural
     Network Quantization, 2021, arXiv:2106.08295 (ranges, static activations); Nagel et al.,
     Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019,
-    arXiv:1906.04721 (`bias_correction`).
+    arXiv:1906.04721 (`bias_correction`); Yao et al., ZeroQuant, NeurIPS 2022, arXiv:2206.01861
+    (groups of rows); Shen et al., Q-BERT: Hessian Based Ultra Low Precision Quantization of BERT,
+    AAAI 2020, arXiv:1909.05840 (groups per head).
 """
 
 from dataclasses import dataclass, field
@@ -36,6 +40,7 @@ from fxopt.passes.quantization.options import ActivationOptions, EmbeddingOption
 from fxopt.passes.quantization.sites import (
     allocated,
     kind_of,
+    mark_heads,
     not_selected,
     other_weights,
     unquantizable,
@@ -48,7 +53,6 @@ from fxopt.passes.quantization.weights import (
     weight_node,
 )
 from fxopt.rewrite.builder import Builder
-
 
 # Tokens by which `range: output` judges.
 ROWS = 512
@@ -73,7 +77,9 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         if self.weights is None and self.activations is None and self.embeddings is None:
-            raise RecipeError("quantize has nothing to do: weights, activations and embeddings are null.")
+            raise RecipeError(
+                "quantize has nothing to do: weights, activations and embeddings are null."
+            )
         if self.bias_correction and self.weights is None:
             raise RecipeError(
                 "bias_correction makes up for rounded weights of linears and weights is null; set "
@@ -99,6 +105,7 @@ class Quantize(Pass):
         sites: list[Site] = []
         refusals: list[Refusal] = []
         done: dict[tuple[Any, ...], StoredWeight] = {}
+        mark_heads(program, self.weights)
         for node in program.nodes():
             kind = kind_of(node)
             if kind is None or (kind == "embedding" and self.embeddings is None):

@@ -1,12 +1,12 @@
 """Hold the keys and values of a decoder in few bits between calls, in the graph itself.
 
     int8, fp8:   s = max |x| / q_max over a token of a head,  q = round(x / s),  x ~ s q
-    int4, int2:  s = (max - min) / (2^b - 1) over a group,    q = round((x - min) / s),  x ~ s q + min
+    int4, int2:  s = (max - min) / (2^b - 1) over a group,  q = round((x - min) / s),  x ~ s q + min
 
 A group is `group` consecutive tokens of a channel of the keys, or `group` consecutive channels of a
 token of the values. The newest `window` tokens or fewer stay in floating point; when they are
-`window`, the whole block is quantized, keys and values alike (the paper lets one token of the values
-go at each step). A token is quantized once. What a call computes itself it reads as it is.
+`window`, the whole block is quantized, keys and values alike (the paper lets one token of the
+values go at each step). A token is quantized once. What a call computes itself it reads as it is.
 
 Shapes: keys and values [B, H, T, D] become values [B, H, T, D] and scale [B, H, T, 1]; or packed
     [B, H, N, W, D b / 8], scale and minimum [B, H, N, W / G, D] (keys) or [B, H, N, W, D / G]

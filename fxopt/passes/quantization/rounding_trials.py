@@ -62,7 +62,10 @@ class Trials:
             share = self._weight(linear).numel() if sensitivity == "trace" else 1
             bends[linear] = max(value, 0.0) / (2 * share)
         rows = [
-            [sum(bends[n] * self._squares(n, choice) for n in group.linears) for choice in self.choices]
+            [
+                sum(bends[n] * self._squares(n, choice) for n in group.linears)
+                for choice in self.choices
+            ]
             for group in self.groups
         ]
         return np.array(rows)

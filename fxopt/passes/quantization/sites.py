@@ -1,12 +1,14 @@
-"""Where quantization can act: which linears and embeddings a recipe selects, and what forbids it."""
+"""Where quantization can act: the linears and embeddings a recipe selects, and what forbids it."""
 
 import fnmatch
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch.fx import Node
 
+from fxopt.analysis.heads import HeadAxis, head_axes
 from fxopt.ir.program import Program, Refusal, dtype_of, module_path
 from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.quantization.options import Choice, WeightOptions
@@ -16,6 +18,8 @@ aten = torch.ops.aten
 Kind = Literal["linear", "embedding"]
 # Under this key of a node's meta, `allocate-bits` leaves its choice for a linear.
 CHOICE = "quantization_choice"
+# Under this one, `mark_heads` leaves where heads stand in its weight.
+HEADS = "heads_of_attention"
 # Weights with fewer elements are not worth a line of the report.
 _LARGE = 4096
 
@@ -51,14 +55,35 @@ def allocated(node: Node) -> Choice | None:
 
 
 def weight_options(node: Node, asked: WeightOptions | None) -> WeightOptions | None:
-    """How the weight of a linear is stored: as allocated, else as the pass was asked to."""
+    """How the weight of a linear is stored: as allocated, else as the pass was asked to.
+
+    For granularity "head" `mark_heads` must have been called.
+    """
     choice = allocated(node)
-    return asked if asked is None or choice is None else choice.weights
+    options = asked if asked is None or choice is None else choice.weights
+    heads: HeadAxis | None = node.meta.get(HEADS)
+    if options is None or options.granularity != "head" or heads is None:
+        return options
+    return options.by_head(heads.axis, heads.size)
 
 
-def unquantizable(
-    program: Program, node: Node, options: WeightOptions | None = None
-) -> str | None:
+def mark_heads(program: Program, asked: WeightOptions | None) -> None:
+    """Note at each linear where its heads stand, if blocks of heads were asked for.
+
+    Linears outside of attention are divided into groups of rows of the size that most heads have.
+    """
+    if asked is None or asked.granularity != "head":
+        return
+    known = head_axes(program)
+    sizes = Counter(heads.size for heads in known.values())
+    usual = [HeadAxis(0, size) for size, _ in sizes.most_common(1)]
+    for node in program.nodes(aten.linear.default):
+        weight = weight_node(node, 1)
+        heads = None if weight is None else known.get(str(weight.target))
+        node.meta[HEADS] = heads or next(iter(usual), None)
+
+
+def unquantizable(program: Program, node: Node, options: WeightOptions | None = None) -> str | None:
     """Why the weight of a linear or embedding cannot be quantized, or None.
 
     Without `options` the weight is not divided into blocks.

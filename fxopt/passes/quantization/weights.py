@@ -46,8 +46,9 @@ def quantize_weight(
 ) -> Node:
     """Round the weight of a linear or embedding to its grid; the node that gives its values.
 
-    `rows` [n, in] of the linear's input are what `range: output` judges by. A tied weight that two sites quantize alike stays one tensor. While another site still reads
-    the floating weight, the codes get a name of their own.
+    `rows` [n, in] of the linear's input are what `range: output` judges by. A tied weight that two
+    sites quantize alike stays one tensor. While another site still reads the floating weight, the
+    codes get a name of their own.
     """
     source = weight_node(node, weight_index(node))
     assert source is not None  # noqa: S101 - `unquantizable` looked

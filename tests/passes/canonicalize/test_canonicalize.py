@@ -1,6 +1,5 @@
 """The whole pass on tiny models: what is raised, and that nothing else changes."""
 
-
 import pytest
 import torch
 

@@ -64,7 +64,8 @@ NOT_A_NORM = {
     "unbiased": lambda x: (x - x.mean(-1, True)) / (x.var(-1, keepdim=True) + EPS).sqrt(),
     "eps outside": lambda x: (x - x.mean(-1, True)) / (x.var(-1, True, keepdim=True).sqrt() + EPS),
     "a rounded mean": lambda x: (
-        (x - x.int().float().mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
+        (x - x.int().float().mean(-1, True))
+        / (x.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
     ),
     "another mean": lambda x: (
         (x - x.sin().mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()

@@ -9,7 +9,14 @@ from fxopt.passes.equivalence.awq_scale import AwqScale
 from fxopt.passes.equivalence.smoothing import smoothing_sites
 from fxopt.passes.quantization.grid import choose_grid
 from fxopt.passes.quantization.options import WeightOptions
-from tests.passes.equivalence.harness import calibration_of, canonical, details, refusals, run, sites
+from tests.passes.equivalence.harness import (
+    calibration_of,
+    canonical,
+    details,
+    refusals,
+    run,
+    sites,
+)
 
 INT3 = WeightOptions("int3", "group", 8)
 
@@ -60,12 +67,14 @@ def test_the_best_ratio_never_errs_more_than_no_scale(name):
 
     old, new = errors(before), errors(after)
     # A weight whose own rows were scaled has outputs in other units.
-    same = [name for name in old if torch.allclose(old[name][1], new[name][1], rtol=1e-3, atol=1e-3)]
+    same = [
+        name for name in old if torch.allclose(old[name][1], new[name][1], rtol=1e-3, atol=1e-3)
+    ]
     assert same
     assert sum(new[name][0] for name in same) < 0.99 * sum(old[name][0] for name in same)
 
 
 def test_a_scale_can_ride_where_it_does_not_fold():
     after = run(canonical("bert"), AwqScale(ratio=0.5, ride=True))
-    riding = [node for node in after.nodes(torch.ops.aten.mul.Tensor)]
+    riding = after.nodes(torch.ops.aten.mul.Tensor)
     assert len(riding) == len([detail for detail in details(after) if "rides" in detail]) > 0

@@ -84,7 +84,8 @@ def test_a_tied_table_cannot_be_centred():
     before = canonical("gpt2")
     after = run(before, FoldNorm(centre=True))
     assert len(after.nodes(aten.layer_norm.default)) == 5
-    why = "its mean has to stay: a linear reads transformer.wte.weight by its columns; run untie first"
+    table = "transformer.wte.weight"
+    why = f"its mean has to stay: a linear reads {table} by its columns; run untie first"
     for name in ("h.0.ln_1", "h.0.ln_2", "h.1.ln_1", "h.1.ln_2", "ln_f"):
         assert f"transformer.{name}: {why}" in refusals(after)
     assert "transformer.wte.weight" not in changed(before, after)

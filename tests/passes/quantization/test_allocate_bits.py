@@ -79,9 +79,7 @@ def test_a_size_is_kept_and_predicted_to_the_byte(sensitivity):
     (row,) = [row for row in frontier(after) if row[-1] == "chosen"]
     assert linear_bytes(after) == row[0] <= limit
     assert len({str(choice) for choice in chosen(after)}) > 1
-    assert all(
-        is_stored_weight(node.args[1]) for node in after.nodes(aten.linear.default)
-    )
+    assert all(is_stored_weight(node.args[1]) for node in after.nodes(aten.linear.default))
 
 
 def test_marking_changes_no_graph_and_a_second_run_does_nothing():
@@ -150,9 +148,7 @@ def test_gptq_stores_what_was_chosen_and_activations_follow():
 
 def test_floating_point_is_a_choice_that_is_left_alone():
     program, samples = bert()
-    after = apply(
-        program, samples, Quantize(), choices=(INT2, FLOAT), budget=Budget(sqnr_db=20)
-    )
+    after = apply(program, samples, Quantize(), choices=(INT2, FLOAT), budget=Budget(sqnr_db=20))
     kept = [n for n in after.nodes(aten.linear.default) if n.meta[CHOICE] == FLOAT]
     assert kept
     assert all(node.args[1].op == "get_attr" for node in kept)

@@ -78,7 +78,9 @@ def test_outliers_stay_and_the_rest_is_few_values(seed, bits, bf16, threshold):
 def test_the_error_falls_and_each_weight_goes_to_its_nearest(seed, bits):
     w = weight(seed).double()
     found = learn_codebook(w.flatten(), bits)
-    assert all(after < before for before, after in zip(found.errors, found.errors[1:], strict=False))
+    assert all(
+        after < before for before, after in zip(found.errors, found.errors[1:], strict=False)
+    )
     assert bool((found.table.diff() >= 0).all())
     distances = (w[..., None] - found.table).abs()
     codes = found.encode(w)

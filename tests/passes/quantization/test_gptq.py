@@ -67,7 +67,9 @@ def test_white_inputs_give_rounding_to_nearest(chosen, seed, act_order, static):
 
 @settings(max_examples=60, deadline=None)
 @given(chosen=options, seed=seeds, act_order=st.booleans(), block_size=st.sampled_from([1, 7, 128]))
-def test_it_never_errs_more_than_rounding_and_stays_on_the_grid(chosen, seed, act_order, block_size):
+def test_it_never_errs_more_than_rounding_and_stays_on_the_grid(
+    chosen, seed, act_order, block_size
+):
     weight, x = problem(seed)
     h = hessian([x[:50], x[50:]], 0.01, act_order)
     found = compensated(weight, chosen, h, block_size, act_order)
@@ -234,9 +236,9 @@ def test_data_that_is_not_finite_leaves_the_program_as_it_was():
         apply(program, [Sample([bad])], weights=WeightOptions("int4"))
     with pytest.raises(CalibrationError, match="'gptq' needs calibration data"):
         apply(program, [], weights=WeightOptions("int4"))
+    unseen = Sample([torch.randn(2, 3, 8)], torch.zeros(2, 3, dtype=torch.bool))
     with pytest.raises(CalibrationError, match="never reached"):
-        tokens = torch.zeros(2, 3, dtype=torch.bool)
-        apply(program, [Sample([torch.randn(2, 3, 8)], tokens)], weights=WeightOptions("int4"))
+        apply(program, [unseen], weights=WeightOptions("int4"))
     assert signature_of(program) == text
 
 
@@ -285,7 +287,7 @@ def test_wrong_options_are_recipe_errors(wrong, message):
 
 def test_lockstep_gives_what_the_program_gives():
     program = canonical_program("llama")
-    inputs = [example for example in program.examples[:2]]
+    inputs = program.examples[:2]
     lockstep = Lockstep(program, [Sample(example) for example in inputs])
     seen: dict[str, list[Tensor]] = {}
 

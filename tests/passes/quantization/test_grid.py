@@ -100,9 +100,7 @@ def test_signs_and_powers_of_two_go_through(dtype, case, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    dtype=st.sampled_from(["int8", "int4", "int3", "int2"]), case=shapes, seed=seeds
-)
+@given(dtype=st.sampled_from(["int8", "int4", "int3", "int2"]), case=shapes, seed=seeds)
 def test_asymmetric_ranges_hold_zero_and_err_by_half_a_step(dtype, case, seed):
     shape, options = case
     x = weight(seed, shape) + 2
@@ -127,7 +125,9 @@ def test_the_mse_range_never_errs_more(dtype, case, seed):
 
 
 def test_the_mse_range_clips_an_outlier():
-    x = torch.cat([torch.randn(1, 63, generator=torch.Generator().manual_seed(0)), torch.full((1, 1), 6.0)], 1)
+    x = torch.cat(
+        [torch.randn(1, 63, generator=torch.Generator().manual_seed(0)), torch.full((1, 1), 6.0)], 1
+    )
     plain = choose_grid(x, WeightOptions("int3"))
     best = choose_grid(x, WeightOptions("int3", range="mse"))
     assert float(best.scale) < 0.95 * float(plain.scale)

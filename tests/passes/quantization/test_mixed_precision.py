@@ -90,7 +90,9 @@ def test_weights_and_other_activations_stay_as_they_are():
     gone = set(before.weights()) - set(left)
     assert gone
     assert all("_activation_" in name for name in gone)
-    assert all(before.weights()[name].data_ptr() == value.data_ptr() for name, value in left.items())
+    assert all(
+        before.weights()[name].data_ptr() == value.data_ptr() for name, value in left.items()
+    )
     removed = len(before.nodes(ops.quantize.default)) - len(after.nodes(ops.quantize.default))
     linears = static_activations(before)
     assert removed == sum(

@@ -16,8 +16,10 @@ from fxopt.capture import capture_program
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, module_path
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
+from fxopt.passes.equivalence.awq_scale import AwqScale
 from fxopt.passes.quantization.options import (
     ActivationOptions,
+    Choice,
     EmbeddingOptions,
     WeightOptions,
 )
@@ -110,6 +112,72 @@ def test_every_linear_is_a_site_and_really_stored_as_int8(name):
     assert after.byte_count() == kept + integers + sum(t.shape[0] * 4 for t in freed)
     record = after.history[-1]
     assert (record.bytes_before, record.bytes_after) == (before.byte_count(), after.byte_count())
+
+
+def blocks(program: Program) -> dict[str, list]:
+    """The block of every linear that is a site."""
+    sites = site_paths(program)
+    linears = by_path(program).items()
+    return {path: stored(program, node, 1)[3] for path, node in linears if path in sites}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_groups_of_heads_follow_the_heads(groups):
+    before = canonical_program("bert")
+    originals = float_weights(before)
+    after = apply(before, weights=by_heads(groups))
+    size = before.nodes(ops.attention.default)[0].meta["val"].shape[-1] // groups
+    for path, block in blocks(after).items():
+        columns = path.endswith("attention.output.dense")
+        assert block == ([-1, size] if columns else [size, -1])
+        q, scale, _, _ = stored(after, by_path(after)[path], 1)
+        # Each slice of a head is rounded as if it stood alone.
+        whole = originals[path]
+        parts = whole.split(size, 1 if columns else 0)
+        absmax = torch.stack([part.abs().max() for part in parts])
+        assert torch.equal(scale.flatten(), absmax / 127)
+        assert q.shape == whole.shape
+    assert len(site_paths(after)) == len(originals)
+
+
+def test_heads_of_a_fused_weight_have_scales_of_their_own():
+    before = canonical_program("gpt2")
+    size = before.nodes(ops.attention.default)[0].meta["val"].shape[-1]
+    after = apply(before, weights=by_heads(1))
+    found = blocks(after)
+    fused = {path: block for path, block in found.items() if path.endswith("c_attn")}
+    assert fused
+    assert all(block == [size, -1] for block in fused.values())
+    assert {tuple(block) for path, block in found.items() if path.endswith("attn.c_proj")} == {
+        (-1, size)
+    }
+
+
+def test_without_heads_or_where_groups_do_not_divide_them_nothing_is_rounded():
+    mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    plain = manager().run(capture_program(mlp, (torch.randn(2, 8),)), [Canonicalize()])
+    for program, groups in ((plain, 1), (canonical_program("bert"), 3)):
+        with pytest.warns(UserWarning, match="changed nothing"):
+            after = manager().run(program, [Quantize(weights=by_heads(groups))])
+        reason = f"no head of attention was found that {groups} groups divide"
+        assert reason in refusals(after).values()
+        assert float_weights(after).keys() == float_weights(program).keys()
+
+
+@pytest.mark.parametrize("groups", [None, 0])
+def test_heads_need_their_number_of_groups(groups):
+    with pytest.raises(RecipeError, match="granularity 'head' needs groups_per_head"):
+        by_heads(groups)
+
+
+def test_passes_that_do_not_see_the_program_take_no_heads():
+    for build in (lambda: Choice(by_heads(1)), lambda: AwqScale(weights=by_heads(1))):
+        with pytest.raises(RecipeError, match="takes no granularity 'head'"):
+            build()
+
+
+def by_heads(groups: int | None) -> WeightOptions:
+    return WeightOptions(granularity="head", groups_per_head=groups)
 
 
 def test_nothing_else_is_changed():
@@ -320,6 +388,30 @@ def test_weights_are_stored_by_granularity(granularity, group, columns, block, s
         assert q.min() >= (-127 if symmetric else -128)
         error = (centred * step[:, None] - groups).abs()
         assert bool((error <= 0.5001 * step[:, None]).all())
+
+
+def test_groups_of_rows_share_a_scale():
+    before = canonical_program("llama")
+    originals = float_weights(before)
+    options = WeightOptions(granularity="block", block_size=(32, -1))
+    after = apply(before, weights=options)
+    refused = refusals(after)
+    assert site_paths(after) | set(refused) == set(originals)
+    assert refused  # 16 and 99 outputs
+    for path, reason in refused.items():
+        assert reason == f"block size 32 does not divide its {len(originals[path])} outputs"
+    for path in site_paths(after):
+        node = by_path(after)[path]
+        w = originals[path]
+        assert len(w) % 32 == 0
+        q, scale, zero, block = stored(after, node, 1)
+        assert (block, zero, scale.shape) == ([32, -1], None, (len(w) // 32, 1))
+        groups = w.reshape(len(scale), -1)
+        assert torch.allclose(scale, groups.abs().amax(1, keepdim=True) / 127)
+        error = (q.float().reshape(groups.shape) * scale - groups).abs()
+        assert bool((error <= 0.5001 * scale).all())
+    details = {site.detail for site in after.history[-1].sites}
+    assert details == {"int8 weight per group of 32 rows"}
 
 
 def test_a_group_size_that_does_not_divide_is_refused_site_by_site():
@@ -652,6 +744,8 @@ def test_finer_granularity_and_more_bits_of_range_cost_less():
         ({"embeddings": {"granularity": "rows"}}, "'channel'"),
         ({"embeddings": {"granularity": "group"}}, "needs group_size"),
         ({"weights": {"granularity": "block", "block_size": [4, 0]}}, "needs block_size"),
+        ({"weights": {"granularity": "block", "block_size": [-2, 4]}}, "-1 for the whole axis"),
+        ({"weights": {"granularity": "block", "block_size": [4, -2]}}, "-1 for the whole axis"),
         ({"weights": {"block_size": [4, 4]}}, "no meaning at granularity 'channel'"),
         ({"weights": {"dtype": "nf4", "symmetric": False}}, "nf4 has no zero point"),
         ({"activations": {"dtype": "fp8_e4m3", "symmetric": False}}, "has no zero point"),

@@ -161,7 +161,7 @@ def test_heads_that_do_not_fill_bytes_are_refused():
     assert len(apply(program, dtype="int4", group=6, window=12).history[-1].sites) == 4
 
 
-@pytest.mark.parametrize("group, window", [(0, 8), (32, 100), (8, 0), (-4, 8)])
+@pytest.mark.parametrize(("group", "window"), [(0, 8), (32, 100), (8, 0), (-4, 8)])
 def test_windows_are_whole_groups(group, window):
     with pytest.raises(RecipeError, match="window a multiple of the group"):
         QuantizeCache("int4", group=group, window=window)
@@ -307,9 +307,14 @@ def test_beams_choose_rows_of_every_tensor(name, options):
     settings["attention_mask"] = torch.ones_like(ids)
     both = optimized.generate(ids, **settings)
     # If beams took one another's rows, a text in a batch would read what another one left.
-    alone = torch.cat([optimized.generate(ids[i : i + 1], **{
-        **settings, "attention_mask": torch.ones(1, 7, dtype=torch.long)
-    }) for i in range(2)])
+    alone = torch.cat(
+        [
+            optimized.generate(
+                ids[i : i + 1], **{**settings, "attention_mask": torch.ones(1, 7, dtype=torch.long)}
+            )
+            for i in range(2)
+        ]
+    )
     assert torch.equal(both, alone)
 
 

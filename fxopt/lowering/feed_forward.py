@@ -1,4 +1,6 @@
-"""A whole gated feed-forward block as one kernel, where its parts have become int8 kernels."""
+"""A whole feed-forward block as one kernel, where its parts have become int8 kernels."""
+
+# ruff: noqa: D102 - a rule's methods are documented by Rule
 
 from typing import Any
 
@@ -61,6 +63,56 @@ class GatedMlp(LoweringRule):
             match.sums,
             match.bias,
             match.down,
+            match.down_scale,
+            match.down_sums,
+            match.down_bias,
+            match.activation,
+            match.pre_scale,
+            match.down_pre_scale,
+        )
+
+
+class Mlp(LoweringRule):
+    """`down(act(up(x)))`: the activation is quantized where it is made, in one kernel."""
+
+    kernel = "dynamic_mlp_w8a8"
+    joins = True
+
+    def pattern(
+        self,
+        op: PatternOperators,
+        x: Variable,
+        weight: Variable,
+        scale: Variable,
+        sums: Variable,
+        bias: Variable,
+        activation: Variable,
+        pre_scale: Variable,
+    ) -> Any:
+        linear = ops.dynamic_linear_w8a8
+        parts = (weight, scale, sums, bias)
+        inner = op.named("inner", op.call(linear, x, *parts, activation, pre_scale))
+        down = (op.variable(f"down_{part}") for part in ("weight", "scale", "sums", "bias"))
+        return op.call(linear, inner, *down, "none", op.variable("down_pre_scale"))
+
+    def condition(self, program: Program, match: Match) -> bool:
+        # Two linears with nothing between are no feed-forward block.
+        return match.activation != "none"
+
+    def check(self, program: Program, match: Match) -> str | None:
+        if len(match.inner.users) != 1:
+            return "the activation is read elsewhere too"
+        return None
+
+    def rewrite(self, build: Builder, match: Match) -> Node:
+        return build.call(
+            ops.dynamic_mlp_w8a8.default,
+            match.x,
+            match.weight,
+            match.scale,
+            match.sums,
+            match.bias,
+            match.down_weight,
             match.down_scale,
             match.down_sums,
             match.down_bias,
