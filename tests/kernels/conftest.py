@@ -20,8 +20,12 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Kernels split their work among threads; on a worker's single one nothing could race."""
+def own_threads() -> Iterator[None]:
+    """Kernels split their work among threads; on a worker's single one nothing could race.
+
+    Whatever a test sets is put back: with another number the tests that follow would sum in
+    another order than the processes they compare themselves with.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, 2))
     yield
