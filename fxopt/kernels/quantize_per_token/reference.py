@@ -42,7 +42,7 @@ def check_rows(x: Tensor, pre_scale: Tensor | None) -> None:
 
 
 def _scaled(x: Tensor, pre_scale: Tensor | None) -> Tensor:
-    """X * pre_scale in float32, contiguous."""
+    """The product x * pre_scale in float32, contiguous."""
     rows = x.to(torch.float32).contiguous()
     return rows if pre_scale is None else rows * pre_scale.to(torch.float32).reshape(-1)
 

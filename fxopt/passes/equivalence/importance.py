@@ -1,7 +1,9 @@
 """How much each coordinate of a hidden axis matters.
 
-magnitude   I_c = sqrt(sum of w^2 over all weights that hold c)
-activation  I_c mean|x_c|, the mean over the linears that read the axis
+    magnitude   I_c = sqrt(sum of w^2 over all weights that hold c)
+    activation  I_c mean|x_c|, the mean over the linears that read the axis
+
+Shapes: w runs over all axes of a weight but that of c; x_c over the calibration tokens.
 """
 
 from collections.abc import Mapping

@@ -61,7 +61,7 @@ def reads_only_linear(node: Node) -> bool:
 
 
 def fold_bias(program: Program, norm: Norm) -> bool:
-    """C <- c + W b and b <- 0, where each linear behind the norm has a bias of its own."""
+    """Put c <- c + W b and b <- 0, where each linear behind the norm has a bias of its own."""
     if norm.shift is None or not reads_only_linear(norm.node) or not norm.node.users:
         return False
     shift = program.weight(norm.shift).double()

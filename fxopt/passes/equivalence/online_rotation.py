@@ -1,6 +1,8 @@
 """Rotations that no weight can take up on the writing side: an operator at run time.
 
-y = x W^T = (x H)(W H)^T,      q k^T = (q H)(k H)^T
+    y = x W^T = (x H)(W H)^T,      q k^T = (q H)(k H)^T
+
+Shapes: x [..., d]; W [n, d]; q and k [..., d]; H [d, d] orthogonal.
 """
 
 from typing import Any

@@ -119,7 +119,7 @@ def reorder_graph(program: Program, edits: Iterable[Edit], order: Tensor, made_b
 
 
 def _reordered_table(build: Builder, table: Node, edit: Edit, order: Tensor) -> Node:
-    """Cos or sin [B, 1 or H, S, R] with its heads, its last axis, or both in another order.
+    """A table cos or sin [B, 1 or H, S, R] with its heads, its last axis, or both in another order.
 
     Heads may stand behind the tokens; leading axes of length one may be missing.
     """

@@ -29,7 +29,7 @@ class Reader:
         return ", ".join(dict.fromkeys(module_path(linear) for linear in self.linears))
 
     def column_reach(self, program: Program) -> Tensor:
-        """Max |W| over all rows of all its weights, per input channel [in]."""
+        """The largest |W| over all rows of all its weights, per input channel [in]."""
         reaches = [program.weight(name).double().abs().amax(0) for name in self.weights]
         return torch.stack(reaches).amax(0)
 

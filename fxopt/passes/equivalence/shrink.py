@@ -1,6 +1,8 @@
 """Take removed coordinates out of a program: its weights, its caches, and the sizes it writes down.
 
-reshape(x, [B, S, 64])  ->  reshape(x, [B, S, 48]);   slice(x, 32, 64)  ->  slice(x, 24, 48)
+    reshape(x, [B, S, 64])  ->  reshape(x, [B, S, 48]);   slice(x, 32, 64)  ->  slice(x, 24, 48)
+
+Shapes: here an axis of 64 coordinates keeps 48 of them, 24 of each half.
 """
 
 import dataclasses

@@ -120,7 +120,7 @@ def _smooth(site: SmoothingSite, reach: Tensor, columns: Tensor, alpha: float) -
 
 
 def _smooth_channels(reach: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    """S = a^alpha / w^(1 - alpha); channels that are zero on either side keep s = 1."""
+    """The scale s = a^alpha / w^(1 - alpha); channels that are zero on either side keep s = 1."""
     dead = (reach < SMALLEST) | (columns < SMALLEST)
     scale = reach.clamp(SMALLEST) ** alpha / columns.clamp(SMALLEST) ** (1 - alpha)
     return torch.where(dead, 1.0, scale.clamp(SMALLEST))
