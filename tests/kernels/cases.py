@@ -1,5 +1,6 @@
 """Inputs that several kernel tests share."""
 
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -40,6 +41,24 @@ def weight_of(n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def row_sums(weight: Tensor) -> Tensor:
     return weight.sum(1, dtype=torch.int32)
+
+
+def feed_forward_block(
+    k: int,
+    made: int,
+    read: int,
+    n: int,
+    *,
+    biased: bool = True,
+    summed: Sequence[bool] = (False, False),
+) -> list[Tensor | None]:
+    """The operands of two linears: weights [made, k] and [n, read], scales, row sums and biases."""
+    parameters: list[Tensor | None] = []
+    for sizes, has_sum in zip(((made, k), (n, read)), summed, strict=True):
+        weight, scale, bias = weight_of(*sizes)
+        parameters += [weight, scale, row_sums(weight) if has_sum else None]
+        parameters.append(bias if biased else None)
+    return parameters
 
 
 def pre_scale_of(k: int) -> Tensor:

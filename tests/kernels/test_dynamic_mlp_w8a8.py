@@ -14,10 +14,9 @@ from tests.kernels.cases import (
     ACTIVATIONS,
     DTYPE_IDS,
     FLOATING,
+    feed_forward_block,
     pre_scale_of,
-    row_sums,
     strided,
-    weight_of,
 )
 from tests.kernels.tolerances import assert_close
 
@@ -25,14 +24,8 @@ NAME = "dynamic_mlp_w8a8"
 OP = KERNELS[NAME].overload
 
 
-def block(k, f, n, *, biased=True, summed=(False, False)):
-    parameters = []
-    for (weight, scale, bias), has_sum in zip(
-        (weight_of(f, k), weight_of(n, f)), summed, strict=True
-    ):
-        parameters += [weight, scale, row_sums(weight) if has_sum else None]
-        parameters.append(bias if biased else None)
-    return parameters
+def block(k, f, n, **options):
+    return feed_forward_block(k, f, f, n, **options)
 
 
 SUMMED = pytest.mark.parametrize("summed", list(product((False, True), repeat=2)))
