@@ -18,6 +18,7 @@ import os
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,28 @@ from fxopt.pipeline.data import calibration_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gptq-peers.json"
-# What is rounded to, and the first of the 64 texts of calibration: others show how much of a
-# difference is chance.
-ROWS: dict[str, tuple[dict[str, Any], int]] = {
-    "int4 groups of 64": (GROUP, 0),
-    "int4 per channel": (CHANNEL, 0),
-    "int4 per channel, other texts": (CHANNEL, 64),
-    "int4 groups of 64, mse range": ({**GROUP, "range": "mse"}, 0),
-    "int4 per channel, mse range": ({**CHANNEL, "range": "mse"}, 0),
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is rounded to, and what fxopt is told beside it; peers are run as they are by default."""
+
+    weights: dict[str, Any]
+    first: int = 0  # of the 64 texts of calibration: others show how much of a difference is chance
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    ours_alone: bool = False
+
+
+# 0.05 is gptqmodel's damping, 0.01 llm-compressor's and ours.
+DAMPED = {"damping": 0.05}
+ROWS = {
+    "int4 groups of 64": Row(GROUP),
+    "int4 groups of 64, damping 0.05": Row(GROUP, options=DAMPED, ours_alone=True),
+    "int4 per channel": Row(CHANNEL),
+    "int4 per channel, damping 0.05": Row(CHANNEL, options=DAMPED, ours_alone=True),
+    "int4 per channel, other texts": Row(CHANNEL, first=64),
+    "int4 groups of 64, mse range": Row({**GROUP, "range": "mse"}, ours_alone=True),
+    "int4 per channel, mse range": Row({**CHANNEL, "range": "mse"}, ours_alone=True),
 }
 
 
@@ -79,11 +94,10 @@ def linears_of(program: Program) -> set[str]:
     return {str(node.args[1].target) for node in linears if module_path(node) != "lm_head"}  # type: ignore[union-attr]
 
 
-def ours(
-    subject: recipe_table.SmolLM2, chosen: dict[str, Any], samples: list[Sample]
-) -> dict[str, Any]:
+def ours(subject: recipe_table.SmolLM2, row: Row, samples: list[Sample]) -> dict[str, Any]:
     started = time.perf_counter()
-    program = recipe_table.rewritten(subject.program, gptq(chosen), samples)
+    recipe = gptq(row.weights, **row.options)
+    program = recipe_table.rewritten(subject.program, recipe, samples)
     seconds = time.perf_counter() - started
     return {"perplexity": subject.judge(program), "seconds": round(seconds, 1)}
 
@@ -149,21 +163,21 @@ def main() -> None:
     results = recipe_table.read(RESULTS) or {"formats": {}}
     results |= {"original": subject.original, "threads": torch.get_num_threads()}
     for title in options.format or ROWS:
-        chosen, first = ROWS[title]
-        samples = samples_from(subject, first)
+        row = ROWS[title]
+        samples = samples_from(subject, row.first)
         rows = results["formats"].setdefault(title, {})
         for who in ("fxopt", *gptq_peer.PEERS):
             if options.only not in (None, who):
                 continue
             if who == "fxopt":
-                rows[who] = ours(subject, chosen, samples)
-            elif "range" in chosen:
-                continue  # a search of ours; peers are run as they are by default
+                rows[who] = ours(subject, row, samples)
+            elif row.ours_alone:
+                continue
             elif pythons[who] is None:
                 console.print(f"{title}: {who} left out, no --{who} says which python has it")
                 continue
             else:
-                rows[who] = theirs(subject, who, pythons[who], chosen, samples)
+                rows[who] = theirs(subject, who, pythons[who], row.weights, samples)
             console.print(title, who, rows[who])
             if options.write:
                 RESULTS.write_text(json.dumps(results, indent=2) + "\n")

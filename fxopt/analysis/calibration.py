@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -146,12 +146,17 @@ def real_rows(value: Tensor, tokens: Tensor | None) -> Tensor:
 
 
 def linear_inputs(program: Program) -> list[Node]:
-    """The distinct activations that linears with a stored weight read."""
+    """The distinct activations that linears read whose weight, or a part of it, is stored."""
     found: dict[str, Node] = {}
     for node in program.nodes(aten.linear.default):
         source, weight = node.args[0], node.args[1]
-        constant = isinstance(weight, Node) and weight.op == "get_attr"
+        whole = weight.args[0] if _is_part(weight) else weight
+        constant = isinstance(whole, Node) and whole.op == "get_attr"
         stored = constant or is_stored_weight(weight)
         if isinstance(source, Node) and stored and dtype_of(source) is not None:
             found[source.name] = source
     return list(found.values())
+
+
+def _is_part(weight: Any) -> TypeGuard[Node]:
+    return isinstance(weight, Node) and weight.target is aten.slice.Tensor

@@ -23,6 +23,7 @@ from fxopt.ir.number_formats import codebook_format
 from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
 from fxopt.passes.quantization.codebook import learn_codebook, outlier_mask
+from fxopt.passes.quantization.parts import store_parts
 from fxopt.passes.quantization.sites import kind_of, not_selected, other_weights, unquantizable
 from fxopt.passes.quantization.weights import free_name, weight_index, weight_node
 from fxopt.rewrite.builder import Builder
@@ -62,6 +63,7 @@ class Gobo(Pass):
         sites: list[Site] = []
         refusals: list[Refusal] = []
         done: dict[str, _Stored | str] = {}
+        store_parts(program, self.include, self.exclude, self.name)
         for node in program.nodes():
             if kind_of(node) is None:
                 continue

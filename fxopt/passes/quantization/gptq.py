@@ -25,6 +25,7 @@ from fxopt.passes.quantization.bias_correction import correct_bias
 from fxopt.passes.quantization.compensation import Hessian, compensated, hessian
 from fxopt.passes.quantization.grid import encode_by_rows
 from fxopt.passes.quantization.options import WeightOptions
+from fxopt.passes.quantization.parts import store_parts
 from fxopt.passes.quantization.sites import (
     kind_of,
     mark_heads,
@@ -78,6 +79,7 @@ class Gptq(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Round every selected linear while the calibration data flows through the program."""
+        store_parts(program, self.include, self.exclude, self.name)
         mark_heads(program, self.weights)
         rounding = _Rounding(self, program, context)
         rounding.lockstep.run(rounding.visit, rounding.rounded())

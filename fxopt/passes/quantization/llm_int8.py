@@ -38,6 +38,7 @@ from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult,
 from fxopt.passes.quantization.activations import quantize_activation
 from fxopt.passes.quantization.grid import choose_grid, encode_by_rows
 from fxopt.passes.quantization.options import ActivationOptions, WeightOptions
+from fxopt.passes.quantization.parts import store_parts
 from fxopt.passes.quantization.sites import not_selected, unquantizable
 from fxopt.passes.quantization.weights import read_weight, store_weight, weight_node
 from fxopt.rewrite.builder import Builder
@@ -80,6 +81,7 @@ class LlmInt8(Pass):
         sites: list[Site] = []
         refusals: list[Refusal] = []
         parts: dict[Node, tuple[Node, Node]] = {}
+        store_parts(program, self.include, self.exclude, self.name)
         for node in program.nodes(aten.linear.default):
             path = module_path(node)
             reason = not_selected(node, self.include, self.exclude)

@@ -37,6 +37,7 @@ from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult,
 from fxopt.passes.quantization.activations import quantize_activation, width_of
 from fxopt.passes.quantization.bias_correction import correct_bias
 from fxopt.passes.quantization.options import ActivationOptions, EmbeddingOptions, WeightOptions
+from fxopt.passes.quantization.parts import store_parts
 from fxopt.passes.quantization.sites import (
     allocated,
     kind_of,
@@ -105,6 +106,8 @@ class Quantize(Pass):
         sites: list[Site] = []
         refusals: list[Refusal] = []
         done: dict[tuple[Any, ...], StoredWeight] = {}
+        if self.weights is not None:
+            store_parts(program, self.include, self.exclude, self.name)
         mark_heads(program, self.weights)
         for node in program.nodes():
             kind = kind_of(node)
