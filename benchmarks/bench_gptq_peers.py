@@ -41,7 +41,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "gptq-peers.json"
 
 @dataclass(frozen=True)
 class Row:
-    """What is rounded to, and what fxopt is told beside it; peers are run as they are by default."""
+    """What is rounded to, and what fxopt is told beside it; peers run by their defaults."""
 
     weights: dict[str, Any]
     first: int = 0  # of the 64 texts of calibration: others show how much of a difference is chance
