@@ -111,7 +111,7 @@ class Quantize(Pass):
         mark_heads(program, self.weights)
         for node in program.nodes():
             kind = kind_of(node)
-            if kind is None or (kind == "embedding" and self.embeddings is None):
+            if kind is None or not self._asks_for(node):
                 continue
             path = module_path(node)
             reason = not_selected(node, self.include, self.exclude) or self._impossible(
@@ -128,6 +128,13 @@ class Quantize(Pass):
             ]
             sites.append(Site(path, ", ".join(details), node.name))
         return PassResult(tuple(sites), tuple(refusals + other_weights(program)))
+
+    def _asks_for(self, node: Node) -> bool:
+        """Whether the recipe, or `allocate-bits` before it, says anything of such a node."""
+        if kind_of(node) == "embedding":
+            return self.embeddings is not None
+        chosen = (self.weights, self.activations, allocated(node))
+        return any(option is not None for option in chosen)
 
     def _weight_options(self, node: Node) -> WeightOptions | None:
         if kind_of(node) == "linear":

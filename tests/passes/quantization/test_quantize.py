@@ -15,6 +15,7 @@ from fxopt.analysis.calibration import Sample, collect, linear_inputs, real_rows
 from fxopt.capture import capture_program
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, module_path
+from fxopt.passes.base import Context
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
 from fxopt.passes.equivalence.awq_scale import AwqScale
 from fxopt.passes.quantization.options import (
@@ -884,3 +885,12 @@ def test_groups_that_do_not_divide_are_refused_site_by_site():
     with pytest.warns(UserWarning, match="5 groups do not divide its 32 inputs"):
         after = manager(samples).run(program, [Quantize(activations=grouped(5))])
     assert signature_of(after) == signature_of(program)
+
+
+def test_what_a_recipe_says_nothing_of_is_no_refusal():
+    program = canonical_program("bert")
+    result = Quantize(weights=None, embeddings=EmbeddingOptions()).run(program, Context())
+    assert result.sites
+    assert not any("floating point" in refusal.reason for refusal in result.refusals)
+    linears = program.nodes(torch.ops.aten.linear.default)
+    assert all(node.args[1].op == "get_attr" for node in linears)
