@@ -11,7 +11,12 @@ from transformers import PreTrainedModel
 
 from fxopt.capture.cache import cache_parameter, returned_cache, tensors_from_cache
 from fxopt.capture.configs import configs_of, first_size
-from fxopt.capture.tensors import output_tensors, same_tensors, take_cyclic
+from fxopt.capture.tensors import (
+    largest_difference,
+    output_tensors,
+    same_tensors,
+    take_cyclic,
+)
 from fxopt.errors import CaptureError, InputError
 from fxopt.ir.signature import default_tensor
 
@@ -255,14 +260,28 @@ class InputFactory:
         for name in _OPTIONAL:
             if name not in self.parameters:
                 continue
-            for default in DEFAULTS:
-                if self._means(name, default, sizes, reference):
-                    self.optional.append(name)
-                    self.defaults[name] = default
-                    reference = self._reference(sizes)
-                    break
-            else:
+            default = self._meaning(name, sizes, reference)
+            if default is None:
                 self._keep_given(name)
+                continue
+            self.optional.append(name)
+            self.defaults[name] = default
+            reference = self._reference(sizes)
+
+    def _meaning(self, name: str, sizes: Sizes, reference: list[list[Tensor]]) -> str | None:
+        """The default that leaving an input out comes nearest to, or None.
+
+        The nearest, not the first near enough: rotary positions that are all alike change little
+        where the weights are small.
+        """
+        apart: dict[str, float] = {}
+        for default in DEFAULTS:
+            found = self._distance(name, default, sizes, reference)
+            if found is not None:
+                apart[default] = found
+            if found == 0:
+                break
+        return min(apart, key=apart.__getitem__, default=None)
 
     def _reference(self, sizes: Sizes) -> list[list[Tensor]]:
         """Results with what is known so far: without padding, and padded where there is a mask."""
@@ -276,23 +295,28 @@ class InputFactory:
                 value[-1, :2] = 0
         return example
 
-    def _means(self, name: str, default: str, sizes: Sizes, reference: list[list[Tensor]]) -> bool:
-        """Whether leaving the input out is the same as giving it its default.
+    def _distance(
+        self, name: str, default: str, sizes: Sizes, reference: list[list[Tensor]]
+    ) -> float | None:
+        """How far results move when an input gets its default; None where that is not the same.
 
         Some models work out positions from the mask, so it must hold on padded inputs as well.
         """
+        apart = 0.0
         for example, expected in zip(
             (self.make(sizes), self._padded(sizes)), reference, strict=True
         ):
             example.tensors[name] = self.optional_input(name, sizes, 0, default)[0]
             try:
-                if not same_tensors(expected, self.run(example)):
-                    return False
+                results = self.run(example)
             except Exception:
-                return False  # this default does not fit; the next may
+                return None  # this default does not fit; the next may
+            if not same_tensors(expected, results):
+                return None
+            apart = max(apart, largest_difference(expected, results))
         asked = self.make(sizes)
         asked.tensors[name] = self.optional_input(name, sizes, 0, default)[0]
-        return self._takes(name, asked)
+        return apart if self._takes(name, asked) else None
 
     def _keep_given(self, name: str) -> None:
         """An optional input that the user gave and no default explains is a required one."""

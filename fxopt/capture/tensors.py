@@ -35,6 +35,16 @@ def same_tensors(a: list[Tensor], b: list[Tensor]) -> bool:
     )
 
 
+def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """The largest distance between two entries; where both are the same infinity there is none."""
+    apart = [
+        torch.where(x == y, 0, x.double() - y.double()).abs().max()
+        for x, y in zip(a, b, strict=True)
+        if x.numel()
+    ]
+    return max((float(value) for value in apart), default=0.0)
+
+
 def take_cyclic(tensor: Tensor, axis: int, size: int) -> Tensor:
     """The tensor at another size along one axis, its entries repeated in order."""
     index = torch.arange(size, device=tensor.device) % max(tensor.shape[axis], 1)

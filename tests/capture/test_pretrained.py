@@ -6,10 +6,12 @@ import transformers as hf
 from torch import nn
 from transformers import masking_utils
 
+from fxopt.analysis.execution import run
 from fxopt.capture import capture_program
 from fxopt.capture.attention import IMPLEMENTATION, _recognize, name_activation
 from fxopt.capture.pretrained import capture_pretrained
 from fxopt.errors import CaptureError, InputError, ModelError
+from fxopt.pipeline.data import keyword_inputs
 from fxopt.rewrite.pattern import argument
 from tests.models import zoo_model
 from tests.zoo import BASE, GROUPED, ZOO
@@ -264,3 +266,30 @@ def test_a_model_in_training_mode_is_captured_as_it_runs_at_inference():
 def test_positions_that_follow_the_mask_stay_inside_the_graph():
     program = zoo_model("opt").program
     assert "position_ids" not in {spec.name for spec in program.signature.inputs}
+
+
+def test_positions_that_hardly_matter_are_still_counted():
+    # With weights as small as these, rotary positions that are all alike are within any tolerance.
+    torch.manual_seed(0)
+    config = hf.ModernBertConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+        local_attention=6,
+        global_attn_every_n_layers=2,
+    )
+    model = hf.ModernBertForMaskedLM(config).eval()
+    program = capture_program(model)
+    assert program.signature.defaults["position_ids"] == "arange"
+    ids = {"input_ids": torch.randint(3, 99, (2, 33))}
+    with torch.no_grad():
+        expected = model(**ids).logits
+    found = run(program, keyword_inputs(program.signature, ids))[0]
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7)
