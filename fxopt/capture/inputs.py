@@ -3,14 +3,13 @@
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fxopt.capture.cache import cache_parameter, returned_cache, tensors_from_cache
-from fxopt.capture.configs import configs_of, first_size
+from fxopt.capture.configs import configs_of, dense_shape, vocabulary_size
 from fxopt.capture.tensors import (
     largest_difference,
     output_tensors,
@@ -105,7 +104,7 @@ class InputFactory:
             length = sizes.source if source_side else sizes.sequence
             ids = self._token_ids(sizes.batch, length, generator)
             return ids, (BATCH, "source" if source_side else SEQUENCE)
-        shape = self._dense_shape(name)
+        shape = dense_shape(self.model, name)
         value = torch.randn(sizes.batch, *shape, generator=generator).to(self.dtype)
         return value, (BATCH, *(None for _ in shape))
 
@@ -122,7 +121,7 @@ class InputFactory:
         return take_cyclic(resized, 1, length), (BATCH, "source" if source_side else SEQUENCE)
 
     def _token_ids(self, batch: int, length: int, generator: torch.Generator) -> Tensor:
-        vocabulary = self._vocabulary()
+        vocabulary = vocabulary_size(self.model)
         ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
         # A padding or end token in the middle means something to some models.
         special = {
@@ -138,35 +137,6 @@ class InputFactory:
         if isinstance(end, int) and end < vocabulary and _pools_at_end(self.model):
             ids[:, -1] = end
         return ids
-
-    def _vocabulary(self) -> int:
-        sizes = [getattr(config, "vocab_size", None) for config in configs_of(self.model.config)]
-        known = [size for size in sizes if isinstance(size, int) and size > 0]
-        if known:
-            return min(known)
-        table: Any = self.model.get_input_embeddings()
-        return int(table.weight.shape[0])
-
-    def _dense_shape(self, name: str) -> tuple[int, ...]:
-        configs = list(configs_of(self.model.config))
-        if name == "pixel_values":
-            size, channels = (
-                first_size(configs, "image_size"),
-                first_size(configs, "num_channels") or 3,
-            )
-            if size is not None:
-                return channels, size, size
-        if name == "input_features":
-            bands = first_size(configs, "num_mel_bins", "feature_size", "input_feat_per_channel")
-            frames = first_size(configs, "max_source_positions")
-            if bands is not None and frames is not None:
-                return bands, 2 * frames
-        if name == "input_values":
-            return (16000,)
-        raise InputError(
-            f"cannot make an example for input {name!r} of {type(self.model).__name__}: its "
-            "config does not tell the shape. Pass example_inputs={...} to fxopt."
-        )
 
     def optional_input(
         self, name: str, sizes: Sizes, past: int, default: str = "ones"
