@@ -55,6 +55,11 @@ class Symmetry:
         return "hidden"
 
     @property
+    def planar(self) -> bool:
+        """Whether only rotations without a reflection are legal: rotary embedding turns it too."""
+        return self.kind is Kind.ROTATE and "rotary_pair" in self.tags
+
+    @property
     def weights(self) -> tuple[Edit, ...]:
         """The edits of weights."""
         return tuple(edit for edit in self.edits if edit.role == "weight")

@@ -16,6 +16,9 @@ from fxopt.analysis.symmetry import Edit, Symmetry
 from fxopt.errors import AnalysisError
 from fxopt.ir.program import Program
 
+# How far R R^T may be from the identity.
+_ORTHOGONAL = 1e-6
+
 StateChange = Callable[[Tensor], Tensor]
 
 
@@ -27,7 +30,7 @@ def apply(program: Program, symmetry: Symmetry, transform: Tensor | None = None)
         symmetry: one that `symmetries(program, ...)` found.
         transform: factors [blocks, size] for SCALE and SIGN; an order [blocks, size] of integers
             for PERMUTE (coordinate c takes what stood at order[c]); matrices [blocks, size, size]
-            for ROTATE; None for CENTRE.
+            for ROTATE, of determinant 1 where the symmetry is `planar`; None for CENTRE.
 
     Raises:
         AnalysisError: the transform has the wrong shape, or is not one of the kind.
@@ -102,7 +105,20 @@ def _checked(symmetry: Symmetry, transform: Tensor | None) -> Tensor | None:
             f"the factors for {symmetry.path} are not all positive and finite; a "
             f"{symmetry.kind.value} cannot be undone with them."
         )
+    if symmetry.kind is Kind.ROTATE:
+        _check_rotation(symmetry, exact)
     return exact
+
+
+def _check_rotation(symmetry: Symmetry, matrices: Tensor) -> None:
+    unit = torch.eye(symmetry.size, dtype=matrices.dtype)
+    if float((matrices @ matrices.mT - unit).abs().max()) > _ORTHOGONAL:
+        raise AnalysisError(f"the matrices for {symmetry.path} are not orthogonal.")
+    if symmetry.planar and not bool((torch.linalg.det(matrices) > 0).all()):
+        raise AnalysisError(
+            f"the matrices for {symmetry.path} reflect; rotary embedding turns pairs of these "
+            "channels, so that only rotations (determinant 1) leave the function as it is."
+        )
 
 
 def _check_order(symmetry: Symmetry, order: Tensor) -> None:

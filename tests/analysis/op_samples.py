@@ -604,8 +604,12 @@ def rotary(
     rank: int = 4,
     per_head: bool = False,
     behind_tokens: bool = False,
+    doubled: bool = False,
 ) -> Any:
-    """Queries and keys [B, H, S, D] turned by angles, or as [B, S, H, D] with `behind_tokens`."""
+    """Queries and keys [B, H, S, D] turned by angles, or as [B, S, H, D] with `behind_tokens`.
+
+    With `doubled` the graph shows that both channels of a pair have one angle.
+    """
 
     def turned(g: Bench, *tensors: Node) -> Node:
         if not behind_tokens:
@@ -619,9 +623,14 @@ def rotary(
         pairs = max(1, s.dim // 2 - int(partial))
         heads = s.heads if per_head else 1
         angle = torch.rand(s.batch, heads, s.length, pairs, generator=g.random, dtype=torch.double)
-        angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat((angle, angle), -1)
+        if not doubled:
+            angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat((angle, angle), -1)
         angle = angle[0] if rank == 3 else angle[0, 0] if rank == 2 else angle
         cos, sin = g.given(angle.cos()), g.given(angle.sin())
+        if doubled and interleaved:
+            cos, sin = (g.call(aten.repeat_interleave.self_int, t, 2, -1) for t in (cos, sin))
+        elif doubled:
+            cos, sin = (g.call(aten.cat.default, [t, t], -1) for t in (cos, sin))
         table = [cos, sin]
         both = []
         for value in (q, k):
@@ -644,6 +653,15 @@ for _interleaved in (False, True):
     )
     sample(_rope, f"{_name}-heads", rotary(_interleaved), "heads", "heads")
     sample(_rope, f"{_name}-rotate", rotary(_interleaved), "", "rotate", ends=("query", "key"))
+    for _partial in (False, True):
+        sample(
+            _rope,
+            f"{_name}-turns" + ("-partial" if _partial else ""),
+            rotary(_interleaved, _partial, doubled=True),
+            "rotate",
+            "rotate",
+            ends=("query", "key"),
+        )
     sample(
         _rope,
         f"{_name}-partial",

@@ -61,7 +61,10 @@ def random_transform(symmetry: Symmetry, seed: int) -> Tensor | None:
         return torch.where(signs.prod(1, keepdim=True) > 0, -signs, signs).double()
     if symmetry.kind is Kind.ROTATE:
         square = torch.randn(*shape, symmetry.size, generator=random, dtype=torch.float64)
-        return torch.linalg.qr(square).Q
+        rotation = torch.linalg.qr(square).Q
+        if symmetry.planar:
+            rotation[..., 0] *= torch.linalg.det(rotation)[..., None]
+        return rotation
     return random_orders(symmetry, seed)
 
 

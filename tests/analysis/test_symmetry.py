@@ -14,7 +14,7 @@ COUNTS = {
     # q/k, v -> o, then norm -> linears and up -> down
     ("llama", Kind.SCALE): {"query_key": 2, "value": 2, "hidden": 7},
     ("llama", Kind.PERMUTE): {"query_key": 2, "value": 2, "hidden": 2, "residual": 1},
-    ("llama", Kind.ROTATE): {"value": 2},
+    ("llama", Kind.ROTATE): {"query_key": 2, "value": 2},
     ("tied-llama", Kind.SCALE): {"query_key": 2, "value": 2, "hidden": 6},
     ("tied-llama", Kind.PERMUTE): {"query_key": 2, "value": 2, "hidden": 2, "residual": 1},
     ("bert", Kind.SCALE): {"query_key": 2, "value": 2},
@@ -38,7 +38,6 @@ REASONS = [
     ("bert", Kind.PERMUTE, "word_embeddings", "it is the model's output 'last_hidden_state'"),
     ("bert", Kind.ROTATE, "word_embeddings", "layer_norm subtracts a mean"),
     ("llama", Kind.ROTATE, "up_proj", "it is multiplied channel by channel"),
-    ("llama", Kind.ROTATE, "q_proj", "rotary embedding turns pairs of channels"),
     ("llama", Kind.ROTATE, "embed_tokens", "run fold-norm first"),
     ("llama", Kind.CENTRE, "embed_tokens", "rms_norm reads the mean"),
     ("tied-llama", Kind.SCALE, "embed_tokens", "a norm measures all of it together"),

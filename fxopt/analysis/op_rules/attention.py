@@ -7,7 +7,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.op_rules.broadcast import FACTORS, moving_axis, tracked
-from fxopt.analysis.op_rules.constants import same_along
+from fxopt.analysis.op_rules.constants import pair, same_along, same_in_pairs
 from fxopt.analysis.op_rules.registry import op_rule
 from fxopt.analysis.relations import FIXED, Entry, Kind, Labels, Relations, Unit, sizes
 
@@ -100,7 +100,10 @@ def _per_head(relations: Relations, extra: Node, axis: int, q: Labels) -> None:
 
 @op_rule(fxopt.rope.default)
 def rope(relations: Relations, node: Node) -> Labels:
-    """Rotate pairs of channels: one factor per pair; pairs change places with their cos and sin."""
+    """Turn pairs of channels: one factor, and one rotation of the plane, per pair.
+
+    Pairs change places with their cos and sin.
+    """
     x, cos, sin, interleaved = node.args
     labels = relations.labels(x)
     for table in (cos, sin):
@@ -110,14 +113,13 @@ def rope(relations: Relations, node: Node) -> Labels:
         return _turn_heads(relations, node, labels)
     wide = np.broadcast_to(labels, [*labels.shape[:-1], sizes(x)[-1]])  # type: ignore[list-item]
     turned = wide[..., :rotary]
-    if relations.kind in (Kind.ROTATE, Kind.CENTRE):
+    if relations.kind is Kind.CENTRE:
         relations.fix(turned, "rotary embedding turns pairs of channels by their own angles")
         return wide
-    first, second = (
-        (turned[..., ::2], turned[..., 1::2])
-        if interleaved
-        else (turned[..., : rotary // 2], turned[..., rotary // 2 :])
-    )
+    first, second = pair(turned, bool(interleaved))
+    if relations.kind is Kind.ROTATE:
+        _turn_pairs(relations, node, np.stack((first, second), -1).reshape(-1, 2))
+        return wide
     relations.couple(first, second)
     if relations.kind in FACTORS:
         return wide
@@ -125,6 +127,18 @@ def rope(relations: Relations, node: Node) -> Labels:
     if relations.unit is Unit.CHANNEL:
         _move_angles(relations, node, turned)
     return wide
+
+
+def _turn_pairs(relations: Relations, node: Node, pairs: Labels) -> None:
+    """Turns of one plane commute; a reflection, or two angles in a pair, do not."""
+    interleaved: Any = node.args[3]
+    tables: Any = node.args[1:3]
+    if not all(same_in_pairs(relations.program, table, interleaved) for table in tables):
+        relations.fix(
+            pairs, "rotary embedding turns the two channels of a pair by angles that may differ"
+        )
+    relations.row(pairs)
+    relations.tag(pairs, "rotary_pair")
 
 
 def _turn_heads(relations: Relations, node: Node, labels: Labels) -> Labels:

@@ -17,6 +17,8 @@ from torch.nn import functional
 
 from fxopt.analysis.relations import Kind
 from fxopt.analysis.symmetry import Symmetry, symmetries
+from fxopt.analysis.transform import apply
+from fxopt.errors import AnalysisError
 from fxopt.ir.program import PassRecord, Program
 from fxopt.passes.base import Pass
 from fxopt.passes.equivalence.equalize import Equalize
@@ -163,6 +165,7 @@ class Attention(Block):
         kv_heads: int = 2,
         behind_q: nn.Module | None = None,
         rope: bool = False,
+        stretch: bool = False,
         windows: tuple[int, ...] = (),
         **options: Any,
     ) -> None:
@@ -171,6 +174,8 @@ class Attention(Block):
         self.k, self.v = (nn.Linear(WIDTH, kv_heads * HEAD) for _ in range(2))
         self.behind_q = behind_q or nn.Identity()
         self.rope = rope
+        # The two channels of a pair turn by different angles.
+        self.register_buffer("stretch", torch.linspace(1, 2, HEAD) if stretch else None)
         self.register_buffer("windows", torch.tensor(windows).reshape(-1, 1, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -179,6 +184,8 @@ class Attention(Block):
         place = torch.arange(x.shape[1])
         if self.rope:
             cos, sin = rotary_table(place, HEAD, interleaved=False)
+            if self.stretch is not None:
+                cos, sin = cos * self.stretch, sin * self.stretch
             q, k = (y * cos + rotate_half(y) * sin for y in (q, k))
         seen = (place[:, None] - place).abs() < self.windows if self.windows.numel() else None
         grouped = q.shape[1] != k.shape[1]
@@ -323,6 +330,7 @@ PASSING = [
 # What changes as one: a head of four channels, a pair of them, a group of heads.
 ONE_HEAD, FOUR_HEADS = Attention(heads=1, kv_heads=1), Attention(heads=4, kv_heads=4)
 GROUPS, ROPE = Attention(heads=4), Attention(rope=True)
+STRETCHED = Attention(rope=True, stretch=True)
 BLOCKS = [
     ("v", "permute-vo", ONE_HEAD, "v", ["4 value"]),
     ("v of two heads", "permute-vo", ATTENTION, "v", ["2 blocks of 4 value"]),
@@ -331,6 +339,7 @@ BLOCKS = [
     ("v of two heads", "rotate", ATTENTION, "v", ["R2, 2 x 4"]),
     ("q and k of two heads", "permute-qk", ATTENTION, "q", ["2 blocks of 4 query_key"]),
     ("pairs of two heads", "permute-qk", ROPE, "q", ["2 blocks of 2 query_key"]),
+    ("stretched pairs", "permute-qk", STRETCHED, "q", ["2 blocks of 2 query_key"]),
     ("heads", "permute-heads", FOUR_HEADS, "q", ["4 heads"]),
     ("heads of two groups", "permute-heads", GROUPS, "q", ["2 blocks of 2 heads", "2 heads"]),
 ]
@@ -417,10 +426,26 @@ def test_the_channels_of_a_pair_share_their_factor():
     assert (pairs[:, 1] - pairs[:, 0] == HEAD // 2).all()
 
 
-def test_rope_does_not_commute_with_a_rotation_of_its_channels():
-    assert len(query_key(ATTENTION, Kind.ROTATE)) == 1
-    assert query_key(ROPE, Kind.ROTATE) == []
-    assert "rotary embedding turns pairs of channels" in reasons("rotate", ROPE, "q")
+def test_rope_commutes_with_turns_of_its_own_planes_alone():
+    (free,), (paired,) = (query_key(module, Kind.ROTATE) for module in (ATTENTION, ROPE))
+    assert (free.blocks, free.size, free.planar) == (2, HEAD, False)
+    assert (paired.blocks, paired.size, paired.planar) == (HEAD, 2, True)
+    pairs = paired.weights[0].positions[:, :, 0]
+    assert (pairs[:, 1] - pairs[:, 0] == HEAD // 2).all()
+
+
+def test_a_turn_may_not_reflect():
+    (paired,) = query_key(ROPE, Kind.ROTATE)
+    mirrors = torch.tensor([[1.0, 0.0], [0.0, -1.0]]).expand(HEAD, 2, 2)
+    with pytest.raises(AnalysisError, match="rotary embedding turns pairs of these channels"):
+        apply(program(), paired, mirrors)
+    with pytest.raises(AnalysisError, match="not orthogonal"):
+        apply(program(), paired, 2 * mirrors)
+
+
+def test_two_angles_in_a_pair_stand_in_the_way_of_turns():
+    assert query_key(STRETCHED, Kind.ROTATE) == []
+    assert "by angles that may differ" in str(symmetries(program(), Kind.ROTATE))
 
 
 @pytest.mark.parametrize("by", ["permute-vo", "permute-qk", "permute-heads", "equalize", "rotate"])
