@@ -29,7 +29,7 @@ from fxopt.pipeline.report import Report, build_report
 from fxopt.pipeline.tokenizer import load_tokenizer
 from fxopt.pipeline.verify import Floor, Verifier
 from fxopt.progress import bar
-from fxopt.runtime.folder import read_folder
+from fxopt.runtime.folder import StoredModel, fit_for_use, read_folder
 from fxopt.runtime.generation import build_pretrained
 from fxopt.runtime.optimized import OptimizedModel
 
@@ -152,7 +152,11 @@ def load(path: str | Path, target: str = "auto") -> OptimizedModel:
     Raises:
         LoadError: the folder is damaged, foreign, unsafe, or from a newer fxopt.
     """
-    stored = read_folder(Path(path))
+    with fit_for_use(path):
+        return _use(read_folder(path), target)
+
+
+def _use(stored: StoredModel, target: str) -> OptimizedModel:
     settings = stored.extra.get("lowering", {})
     options = LoweringOptions(
         target=target if target != "auto" else settings.get("target", "auto"),
@@ -174,8 +178,11 @@ def load(path: str | Path, target: str = "auto") -> OptimizedModel:
         config = _config_from(stored.config)
         generation = stored.generation_config
         generation_config = GenerationConfig.from_dict(generation) if generation else None
-    except (TypeError, ValueError, KeyError) as error:
-        raise LoadError(f"config.json in {path} cannot be used: {error}") from error
+    except Exception as error:  # transformers checks a config in ways of its own
+        raise LoadError(
+            f"config.json cannot be used by this transformers ({type(error).__name__}: "
+            f"{str(error)[:200]}). Install the version that it was saved with, or save again."
+        ) from error
     name = str(stored.extra.get("class_name", "OptimizedModel"))
     return build_pretrained(
         name, stored.program, lowered.program, config, generation_config, **common

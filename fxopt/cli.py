@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,12 +59,22 @@ Model = Annotated[str, typer.Argument(help="A model's folder, hub name or .gguf 
 Either = Annotated[str, typer.Argument(help="A folder saved by fxopt, or a model.")]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        _OUT.print(f"fxopt {metadata.version('fxopt')}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
 ) -> None:
     """Optimize transformer models; every rewrite is checked when it runs."""
-    del debug  # read by _CleanErrors
+    del debug, show_version  # read by _CleanErrors and by the callback
 
 
 @app.command()

@@ -271,6 +271,15 @@ def test_calibration_that_cannot_be_used(refused, calibration, error, match):
     refused(mlp(), STATIC, error, match, example_inputs=example(), calibration=calibration)
 
 
+@pytest.mark.parametrize("recipe", [STATIC, DYNAMIC, "w4a16-gptq"])
+@pytest.mark.parametrize("wrong", ["vocabulary", "length"])
+def test_calibration_that_the_model_cannot_run(refused, recipe, wrong):
+    ids = torch.randint(0, 90, (2, 8))
+    batch = {"input_ids": ids + 10_000 if wrong == "vocabulary" else ids.repeat(1, 400)}
+    match = r"inputs of shapes \[\[2, \d+\].*does not run through the model.*vocabulary"
+    refused(hf_model("bert"), recipe, CalibrationError, match, calibration=[batch])
+
+
 @pytest.mark.parametrize(("value", "word"), [(torch.nan, "NaN"), (torch.inf, "infinite")])
 def test_broken_weights(refused, value, word):
     model = mlp()

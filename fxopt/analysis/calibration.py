@@ -1,6 +1,7 @@
 """Statistics of activations, gathered in one streaming pass over calibration data."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -128,11 +129,32 @@ def _observe(
             return
         statistics.add(node.name, rows, keep, histogram)
 
-    run(program, sample.inputs, watch)
+    with fitting(sample.inputs):
+        run(program, sample.inputs, watch)
     if sample.tokens is not None:
         statistics.tokens += int(sample.tokens.sum())
     else:
         statistics.tokens += max((t.shape[0] for t in sample.inputs if t.dim()), default=0)
+
+
+@contextlib.contextmanager
+def fitting(inputs: Sequence[Tensor]) -> Generator[None]:
+    """Say of a batch that the model cannot run that it is the batch's fault.
+
+    Raises:
+        CalibrationError: an index lies outside its table, or a size does not fit.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:
+        shapes = [list(value.shape) for value in inputs[:3]]
+        raise CalibrationError(
+            f"a batch of data with inputs of shapes {shapes} does not run through the model: "
+            f"{str(error).strip().splitlines()[0]}. Pass tokens of the model's own vocabulary, and "
+            "no more of them than it has positions."
+        ) from error
 
 
 def real_rows(value: Tensor, tokens: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ Watch = Callable[[Node, Any], None]
 class _Watched(Interpreter):
     def __init__(self, program: Program, watch: Watch | None) -> None:
         super().__init__(program.graph_module)
+        self.extra_traceback = False  # errors speak for themselves
         self.program = program
         self.watch = watch
 

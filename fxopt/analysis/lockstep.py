@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxopt.analysis.calibration import Sample, real_rows
+from fxopt.analysis.calibration import Sample, fitting, real_rows
 from fxopt.errors import CalibrationError
 from fxopt.ir.program import Program
 
@@ -106,8 +106,9 @@ class Lockstep:
         if self._from_weights(node):
             self.constant[node] = self._call(node, {}, made)
             return
-        for values in self.values:
-            values[node] = self._call(node, values, made)
+        for values, sample in zip(self.values, self.samples, strict=True):
+            with fitting(sample.inputs):
+                values[node] = self._call(node, values, made)
 
     def _call(self, node: Node, values: dict[Node, Any], made: dict[Node, Any]) -> Any:
         def load(source: Node) -> Any:

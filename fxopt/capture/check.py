@@ -68,7 +68,8 @@ def compare_outputs(
             raise CaptureError(
                 f"capture check at {description}: output {name!r} differs from the model by "
                 f"{error:.3g} of its rms (allowed {limit:g}): the graph is not the model. "
-                "Control flow that depends on the inputs' sizes or values is the usual cause."
+                "Control flow that depends on the inputs' sizes or values is the usual cause, or "
+                "random numbers in forward."
             )
         worst = max(worst, error)
     return Comparison(description, worst, equal)

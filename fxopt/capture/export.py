@@ -5,7 +5,7 @@ import copy
 import operator
 import re
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from fxopt.capture.evaluation import evaluation_mode
+from fxopt.capture.parametrizations import compute_parametrized_weights
 from fxopt.capture.ranges import SizeFacts, size_facts
+from fxopt.capture.tensors import named_tensors
 from fxopt.errors import CaptureError
 from fxopt.ir.program import CONSTANTS, WeightTree, assign_weight, has_effect
 from fxopt.ir.signature import Dimension
@@ -123,23 +126,6 @@ def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Generato
             del module.forward
 
 
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Generator[None]:
-    """Run a module as it runs at inference, operator by operator; its modes come back after."""
-    # nn.TransformerEncoderLayer and nn.MultiheadAttention jump to one opaque fused operator in
-    # eval mode, which no pass could look into.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    modes = {child: child.training for child in module.modules()}
-    torch.backends.mha.set_fastpath_enabled(False)
-    module.eval()
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for child, mode in modes.items():
-            child.training = mode
-
-
 def _explain(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     first = re.sub(r"\s+", " ", text.split("\n\n")[0])[:400]
@@ -176,7 +162,10 @@ def _clean(
     _record_module_paths(graph)
     graph.eliminate_dead_code(has_effect)
     _refuse_state(graph)
-    return _adopt_weights(traced, module)
+    graph_module, aliases = _adopt_weights(traced, module)
+    compute_parametrized_weights(graph_module)
+    held = {name for name, _ in named_tensors(graph_module)}
+    return graph_module, {alias: name for alias, name in aliases.items() if name in held}
 
 
 def _refuse_higher_order(graph: Graph) -> None:
@@ -266,7 +255,7 @@ def _adopt_weights(traced: GraphModule, module: nn.Module) -> tuple[GraphModule,
     """Give the graph its own weight tree, in which a tied tensor is held once."""
     first: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
-    for name, tensor in _named_tensors(module):
+    for name, tensor in named_tensors(module):
         key = _identity(tensor)
         if key in first:
             aliases[name] = first[key]
@@ -289,11 +278,6 @@ def _adopt_weights(traced: GraphModule, module: nn.Module) -> tuple[GraphModule,
     graph_module = GraphModule(root, traced.graph, class_name="FxoptGraph")
     graph_module.eval()
     return graph_module, {alias: name for alias, name in aliases.items() if name in nodes}
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

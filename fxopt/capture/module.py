@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fxopt.capture.check import Comparison, compare_outputs, run_graph
-from fxopt.capture.export import dimensions, evaluation_mode, export_flat, readable_dimensions
+from fxopt.capture.evaluation import evaluation_mode
+from fxopt.capture.export import dimensions, export_flat, readable_dimensions
 from fxopt.capture.model_check import refuse_nan_inputs
 from fxopt.capture.originals import left_as_it_was
 from fxopt.capture.ranges import size_ranges, without_disproved

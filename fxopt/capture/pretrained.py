@@ -14,9 +14,9 @@ from transformers.exporters.utils import apply_patches
 from fxopt.capture.attention import IMPLEMENTATION, attention_implementation
 from fxopt.capture.cache import cache_from_tensors, tensors_from_cache
 from fxopt.capture.check import Comparison, compare_outputs, refuse_other_count, run_graph
+from fxopt.capture.evaluation import evaluation_mode
 from fxopt.capture.export import (
     dimensions,
-    evaluation_mode,
     export_flat,
     readable_dimensions,
 )
@@ -74,6 +74,7 @@ def _capture(model: PreTrainedModel, tensors: dict[str, Tensor] | None) -> Progr
             continue
         if no_cache is not None:
             program.notes.append(f"captured without a cache: {no_cache}")
+        program.notes += _fixed_sizes(program)
         if attention != IMPLEMENTATION:
             program.notes.append(
                 f"attention was captured as plain operators ({attention!r} implementation): the "
@@ -327,3 +328,15 @@ def _select(value: Tensor, keep: Tensor | None) -> Tensor:
 
 
 __all__ = ["capture_pretrained", "without_caches"]
+
+
+def _fixed_sizes(program: Program) -> list[str]:
+    """What to know of images and sounds, whose size the graph has as it was in the example."""
+    return [
+        f"input {spec.name!r} is taken at {list(spec.shape)} alone; pass example_inputs of another "
+        "size to capture the model at that"
+        for spec in program.signature.inputs
+        if spec.dtype.is_floating_point
+        and not spec.name.startswith(PAST)
+        and any(isinstance(size, int) for size in spec.shape[1:])
+    ]

@@ -1,10 +1,11 @@
 """Small operations on the tensors that go into and come out of a model."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fxopt.errors import InputError
@@ -25,6 +26,12 @@ def output_tensors(value: Any) -> list[Tensor]:
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in output_tensors(item)]
     return []
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers under every name that they have."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def same_tensors(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -20,6 +20,7 @@ from fxopt.lowering.rule import LoweringRule
 from fxopt.rewrite.driver import apply_rules, erase_dead
 from fxopt.rewrite.pattern import Match
 from fxopt.rewrite.rule import Rule
+from fxopt.rewrite.sizes import fixed
 
 ops = torch.ops.fxopt
 
@@ -242,7 +243,9 @@ def _key(mini: Program, rule: Rule) -> str:
     lines = [rule.name]
     for node in mini.graph.nodes:
         value = node.meta.get("val")
-        shape = [s if type(s) is int else "*" for s in getattr(value, "shape", ())]
+        # A size that capture knows under a symbol is a plain number once it was stored.
+        sizes = [fixed(size) for size in getattr(value, "shape", ())]
+        shape = ["*" if size is None else size for size in sizes]
         operands = map_arg((node.args, node.kwargs), lambda n: number[n])
         target = node.target if node.op == "call_function" else ""
         lines.append(f"{node.op} {target} {operands} {shape} {getattr(value, 'dtype', '')}")

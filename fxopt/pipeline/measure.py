@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxopt.analysis.calibration import fitting
 from fxopt.analysis.execution import promote, run
 from fxopt.analysis.output_error import divergence, is_logits
 from fxopt.ir.program import Program
@@ -34,6 +35,7 @@ class Measurement:
     top1: float | None = None
     outputs: dict[str, float] = field(default_factory=dict[str, float])
     floating: bool = False
+    reshaped: str = ""  # which output has another shape, where values decide on it
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
@@ -110,9 +112,17 @@ def measure(
     signal, noise = [0.0] * count, [0.0] * count
     kls: list[Tensor] = []
     agreements: dict[int, list[Tensor]] = {}
+    reshaped = ""
     for sample in inputs:
-        old, new = run(before, sample)[:count], run(after, moved(sample))[:count]
+        with fitting(sample):
+            old = run(before, sample)[:count]
+        new = run(after, moved(sample))[:count]
         for index in range(count):
+            if old[index].shape != new[index].shape:
+                shapes = [list(value.shape) for value in (old[index], new[index])]
+                reshaped = f"{specs[index].name!r} from {shapes[0]} to {shapes[1]}"
+                noise[index] = math.inf
+                continue
             for a, b in _slabs(old[index], new[index]):
                 if not a.is_floating_point():
                     agreements.setdefault(index, []).append(_agreement(a, b))
@@ -145,6 +155,7 @@ def measure(
         floating=any(
             spec.dtype.is_floating_point or spec.dtype.is_complex for spec in specs[:count]
         ),
+        reshaped=reshaped,
     )
 
 

@@ -37,7 +37,9 @@ def refuse(origin: str, problems: Sequence[Problem]) -> RecipeError:
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence with the valid name nearest to `name`; empty where none is near."""
-    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    # Who writes the beginning of a name may mean the first that goes on so.
+    begun = [option for option in valid if option.startswith(f"{name}-")]
+    found = begun[:1] or difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"Did you mean {found[0]!r}?" if found else ""
 
 

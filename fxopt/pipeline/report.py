@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from fxopt.errors import InputError, LoadError, SaveError
@@ -89,11 +90,14 @@ class Report:
             history = [PassRecord.from_dict(record) for record in data["history"]]
             lowering = [LoweredSite(**site) for site in data["lowering"]]
             plain: dict[str, Any] = {**data, "history": history, "lowering": lowering}
-            return Report(**plain)
-        except (KeyError, TypeError) as error:
+            report = Report(**plain)
+            TypeAdapter(Report).validate_python(asdict(report))
+            str(report)  # what was measured has no fixed form; it can be shown, or it is no report
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LoadError(
                 f"report.json is not a report of this fxopt ({error}). Save the model again."
             ) from error
+        return report
 
     # --- what is in it ----------------------------------------------------------------------
 

@@ -173,7 +173,11 @@ class Verifier:
         release_freed_memory(before.byte_count())  # every weight was there once in floating point
         layers = layer_decibels(before, after, (chosen[0], basis.inputs(chosen[0])), result)
         problems: list[str] = []
-        if not measured.sqnr_db > -torch.inf:
+        if measured.reshaped:
+            problems.append(
+                f"values decide on the shape of an output, which went {measured.reshaped}"
+            )
+        elif not measured.sqnr_db > -torch.inf:
             problems.append("NaN or infinite values where there were none")
         floor = self.floor
         if not floor.applies_to(measured):

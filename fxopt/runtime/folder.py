@@ -70,8 +70,7 @@ def write_folder(
     Raises:
         SaveError: `path` is something else, or something cannot be stored.
     """
-    path = Path(path)
-    check_destination(path)
+    path = _destination(path)
     with _new_folder(path) as folder:
         _write_json(folder / CONFIG, config or {}, "the configuration")
         if generation_config is not None:
@@ -86,6 +85,19 @@ def write_folder(
         _write_json(folder / GRAPH, graph, "the graph")
         write_manifest(folder)
         _keep_foreign_files(path, folder)
+
+
+def _destination(path: str | Path) -> Path:
+    try:
+        found = Path(path)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            found.lstat()  # a character or a length that no path has fails here
+    except (TypeError, ValueError, OSError) as error:
+        raise SaveError(
+            f"{str(path)!r} is not the path of a folder: {error}. Give another path."
+        ) from error
+    check_destination(found)
+    return found
 
 
 def check_destination(path: Path) -> None:
@@ -186,14 +198,29 @@ def read_folder(path: str | Path, *, shapes: bool = True) -> StoredModel:
     Raises:
         LoadError: the folder is damaged, foreign, newer than this fxopt, or unsafe.
     """
-    path = Path(path)
+    with fit_for_use(path):
+        try:
+            return _read(Path(path), shapes)
+        except LoadError:
+            raise
+        except FxoptError as error:
+            raise LoadError(f"{str(path)!r} cannot be loaded: {error}") from error
+
+
+@contextlib.contextmanager
+def fit_for_use(path: str | Path) -> Generator[None]:
+    """Data of the wrong form may fail anywhere; whatever it fails with is a LoadError.
+
+    Raises:
+        LoadError: anything failed that is no error of fxopt.
+    """
     try:
-        return _read(path, shapes)
-    except LoadError:
+        yield
+    except FxoptError:
         raise
-    except FxoptError as error:
-        raise LoadError(f"{str(path)!r} cannot be loaded: {error}") from error
-    except Exception as error:  # data of the wrong form may fail anywhere
+    except OSError as error:
+        raise LoadError(f"{str(path)!r} cannot be read: {error}. Check the path.") from error
+    except Exception as error:
         raise LoadError(
             f"{str(path)!r} cannot be loaded: its data has not the form that fxopt writes "
             f"({type(error).__name__}: {str(error)[:200]}). Save the model again."

@@ -217,7 +217,7 @@ class OptimizedModel(nn.Module):
         """
         del kwargs
         write_folder(
-            Path(save_directory),
+            save_directory,
             self.program,
             config=self._config_dict(),
             generation_config=self._generation_config_dict(),

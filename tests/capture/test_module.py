@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import transformer
 
 from fxopt.capture import capture_program
 from fxopt.errors import CaptureError, InputError, ModelError
@@ -53,6 +54,47 @@ def test_an_encoder_with_padding_is_captured_as_it_is_made_by_default():
         ("batch", "dim1", 32),
         ("batch", "dim1"),
     ]
+
+
+def causal(length: int) -> Tensor:
+    return nn.Transformer.generate_square_subsequent_mask(length)
+
+
+def random_mask(length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    hidden = torch.rand(length, length, generator=generator) < 0.4
+    return hidden & ~torch.eye(length, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("made", [causal, random_mask])
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "transformer"])
+def test_a_mask_is_taken_as_given(kind, made):
+    """torch compares it with a causal mask, which is a branch on its values."""
+    torch.manual_seed(0)
+    if kind == "encoder":
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    elif kind == "decoder":
+        layer = nn.TransformerDecoderLayer(32, 4, 64, batch_first=True)
+        model = nn.TransformerDecoder(layer, 1).eval()
+    else:
+        model = nn.Transformer(32, 4, 1, 1, 64, batch_first=True).eval()
+
+    def inputs(length: int) -> dict[str, Tensor]:
+        x = torch.randn(2, length, 32)
+        if kind == "encoder":
+            return {"src": x, "mask": made(length)}
+        other = {"memory" if kind == "decoder" else "src": torch.randn(2, length + 1, 32)}
+        return {"tgt": x, **other, "tgt_mask": made(length)}
+
+    detect = transformer._detect_is_causal_mask
+    program = capture_program(model, inputs(6))
+    assert transformer._detect_is_causal_mask is detect
+    for length in (6, 9):
+        example = inputs(length)
+        with torch.no_grad():
+            (result,) = program.graph_module(*bind_structured(program.signature, (), example))
+            torch.testing.assert_close(result, model(**example))
 
 
 def test_multihead_attention_with_and_without_weights():

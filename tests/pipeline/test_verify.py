@@ -258,6 +258,13 @@ def test_integers_are_measured_as_agreement_and_held_to_the_floor():
         manager_for(program, floor=Floor(sqnr_db=20)).run(program, [coarse])
 
 
+def test_values_that_decide_on_a_shape_are_named():
+    program = choices(lambda scores: scores[scores > 0])
+    coarse = Quantize(weights=WeightOptions(dtype="int4", granularity="tensor"))
+    with pytest.raises(QualityFloorError, match=r"values decide on the shape .* from \[\d+\] to"):
+        manager_for(program).run(program, [coarse])
+
+
 def test_complex_outputs_are_measured_in_decibels():
     program = choices(lambda scores: torch.view_as_complex(scores.unflatten(-1, (25, 2))))
     coarse = Quantize(weights=WeightOptions(dtype="int4", granularity="tensor"))

@@ -18,6 +18,7 @@ from fxopt.errors import KernelError, LoadError
 from fxopt.ir.signature import TensorSpec
 from fxopt.runtime import stored_files
 from fxopt.runtime.folder import read_folder
+from tests.models import zoo_model
 from tests.tiny import save, small_program
 
 
@@ -109,6 +110,45 @@ def test_altered_content_with_right_hashes_raises_nothing_else(saved, data, tmp_
     reseal(folder)
     with contextlib.suppress(LoadError):  # by luck the content may still be a model
         read_folder(folder)
+    shutil.rmtree(folder)
+
+
+def places(data, path=()):
+    """Every place of plain data, as the keys that lead there."""
+    listed = enumerate(data) if isinstance(data, list) else ()
+    for key, value in data.items() if isinstance(data, dict) else listed:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def saved_bert(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bert") / "saved"
+    fxopt.optimize(zoo_model("bert").model, "w8a8-dynamic", progress=False).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["config.json", "graph.json", "report.json"])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_edited_values_with_right_hashes_raise_nothing_else(
+    saved_bert, name, data, tmp_path_factory
+):
+    """Values of the wrong type may fail in lowering, in transformers, or in the report."""
+    folder = tmp_path_factory.mktemp("edited") / "m"
+    shutil.copytree(saved_bert, folder)
+    content = json.loads((folder / name).read_text())
+    *path, last = data.draw(st.sampled_from(list(places(content))))
+    place = content
+    for key in path:
+        place = place[key]
+    place[last] = data.draw(st.sampled_from(["x", "nan", None, -7, [], {}, [["x"]]]))
+    (folder / name).write_text(json.dumps(content))
+    reseal(folder)
+    with contextlib.suppress(LoadError):  # by luck the content may still be a model
+        str(fxopt.load(folder).report)
     shutil.rmtree(folder)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxopt.errors import SaveError
+from fxopt.errors import LoadError, SaveError
 from fxopt.ir.program import Level, PassRecord, Refusal, Site
 from fxopt.ir.text import format_program
 from fxopt.runtime.folder import read_folder
@@ -247,6 +247,16 @@ def test_a_failed_save_keeps_the_old_model(copied, monkeypatch):
     monkeypatch.undo()
     assert (copied / "graph.json").read_bytes() == before
     assert [entry.name for entry in copied.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, None, 5])
+def test_what_is_no_path_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SaveError, match="is not the path of a folder"):
+        save(path, small_program())
+    with pytest.raises(LoadError):
+        read_folder(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_stored_is_named(tmp_path):
