@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from fxopt.analysis.relations import Kind, Labels, Unit
 
 
@@ -21,6 +23,12 @@ class Edit:
     inverse: bool = False
     offset: float = 0.0
     operand: int = -1
+
+    @property
+    def place(self) -> tuple[str, str, tuple[int, ...], bytes]:
+        """Which tensor, and where in it: edits of one place change the same numbers."""
+        held = np.sort(self.positions, axis=None)
+        return self.role, self.name, self.axes, held.tobytes()
 
     def turned(self) -> "Edit":
         """The same edit with directions counted from the other side."""

@@ -130,8 +130,9 @@ class Grouping:
 
     def _symmetry(self, blocks: list[Labels], edits: list[Edit], tags: int) -> Symmetry | None:
         weights = [edit for edit in edits if edit.role == "weight"]
-        # The order or basis of an axis that one tensor alone holds means nothing to the others.
-        alone = len(edits) == 1 and self.relations.kind not in (Kind.SCALE, Kind.CENTRE)
+        # The order or basis of an axis that stands once, in one tensor, means nothing to others.
+        once = len(edits) == 1 and edits[0].positions.shape[2] == 1
+        alone = once and self.relations.kind not in (Kind.SCALE, Kind.CENTRE)
         if not weights or alone:
             return None
         if weights[0].inverse:  # directions are counted from the tensor that writes the axis

@@ -103,7 +103,9 @@ def promote_program(program: Program, memory_bytes: int) -> Float64Twin:
             elif node.op == "call_function":
                 node.args = map_aggregate(node.args, promote)  # type: ignore[assignment]
                 node.kwargs = map_aggregate(node.kwargs, promote)  # type: ignore[assignment]
-                node.meta = {**node.meta, "val": infer(node, mode)}
+                # What was inferred is promoted already, what was only recorded is not.
+                found = map_aggregate(infer(node, mode), lambda value: _promote_fake(value, mode))
+                node.meta = {**node.meta, "val": found}
     finally:
         torch.set_default_dtype(default)
     twin.graph_module.recompile()

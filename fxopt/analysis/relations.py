@@ -201,6 +201,18 @@ class Relations:
         """Remember what kind of axis this is: "residual", "query_key", "value", "gain"."""
         self.tags.append((np.unique(labels), word))
 
+    def behind(self, labels: Labels) -> Labels:
+        """New labels for the same coordinates behind an operator; they change alike.
+
+        What went through an operator and what did not are so told apart.
+        """
+        before, places = np.unique(labels, return_inverse=True)
+        after = np.full(before.shape, FIXED, dtype=np.int64)
+        moving = before != FIXED
+        after[moving] = self.fresh([int(moving.sum())])
+        self.couple(before, after)
+        return after[places].reshape(labels.shape)
+
     def collapse(self, labels: Labels, axis: int) -> Labels:
         """The same labels, made independent of an axis."""
         if labels.shape[axis] == 1:
@@ -218,9 +230,11 @@ def sizes(value: Any) -> list[int | None]:
     return [size if type(size) is int else _known(size) for size in recorded.shape]
 
 
-def hints(value: Any) -> list[int]:
-    """The shape of a node's tensor at the sizes of the capture."""
-    return [size if type(size) is int else int(size.node.hint) for size in value.meta["val"].shape]
+def hints(value: Any) -> list[int] | None:
+    """The shape of a node's tensor at the sizes of the capture; None if one depends on values."""
+    shape = value.meta["val"].shape
+    found = [size if type(size) is int else size.node.hint for size in shape]
+    return None if None in found else [int(size) for size in found]
 
 
 def _known(size: Any) -> int | None:

@@ -47,6 +47,13 @@ class Symmetries:
                 return reason
         return None
 
+    def refused_axes(self) -> list[Refusal]:
+        """Why each single axis may not change, for who found nothing at all."""
+        return [
+            Refusal(f"{name}, axis {', '.join(map(str, axes))}", reason)
+            for (name, axes), reason in self.reasons.items()
+        ]
+
     def reason_of_value(self, node: Any) -> str | None:
         """Why what a node computes may not change; None where nothing stands in the way."""
         assert self.relations is not None  # noqa: S101 - symmetries() always keeps them

@@ -60,7 +60,9 @@ def _call(relations: Relations, node: Node) -> Any:
     operands = node.all_input_nodes
     loose = any(_changes(relations, operand) for operand in operands)
     if rule is not None and loose:
-        return rule(relations, node)
+        found = rule(relations, node)
+        alike = op_rules.is_by_element(node.target) and relations.kind not in op_rules.FACTORS
+        return relations.behind(found) if alike and not isinstance(found, list) else found
     for operand in operands if loose else ():
         held = relations.values.get(operand)
         for labels in held if isinstance(held, list) else [relations.labels(operand)]:

@@ -8,6 +8,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import map_aggregate
 
 from fxopt.ir.program import Program
@@ -23,7 +24,7 @@ def fake_mode(program: Program) -> FakeTensorMode:
 
 
 def infer(node: Node, mode: FakeTensorMode) -> Any:
-    """What a call returns, on fake tensors."""
+    """What a call returns, on fake tensors; what was recorded where sizes depend on values."""
 
     def value(argument: Any) -> Any:
         return argument.meta["val"] if isinstance(argument, Node) else argument
@@ -32,7 +33,12 @@ def infer(node: Node, mode: FakeTensorMode) -> Any:
     kwargs = map_aggregate(node.kwargs, value)
     # torch 2.11 decomposes linear in C++ else, which cannot count elements of unknown sizes.
     with mode, torch.no_grad(), enable_python_dispatcher(), _no_new_guards(mode):
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        try:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except GuardOnDataDependentSymNode:
+            if node.meta.get("val") is None:
+                raise
+            return node.meta["val"]
 
 
 @contextlib.contextmanager

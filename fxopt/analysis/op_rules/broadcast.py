@@ -50,8 +50,9 @@ def join(relations: Relations, operands: Sequence[Any], rank: int, multiply: boo
     labels = [aligned(relations.labels(operand), rank) for operand in operands]
     if relations.kind in FACTORS:
         return _factors(relations, labels, multiply)
-    needed = {axis for own in labels for axis in tracked(own)}
     shapes = [[1] * (rank - len(sizes(operand))) + sizes(operand) for operand in operands]
+    labels = _within_reach(relations, operands, labels, shapes)
+    needed = {axis for own in labels for axis in tracked(own)}
     full = [i for i, shape in enumerate(shapes) if all(shape[axis] != 1 for axis in needed)]
     if not full:
         for own in labels:
@@ -63,6 +64,27 @@ def join(relations: Relations, operands: Sequence[Any], rank: int, multiply: boo
         if index != base:
             _meet(relations, labels[base], other, shapes[index], multiply)
     return labels[base]
+
+
+def _within_reach(
+    relations: Relations,
+    operands: Sequence[Any],
+    labels: Sequence[Labels],
+    shapes: Sequence[Sequence[int | None]],
+) -> list[Labels]:
+    """Labels of weights, alike along axes whose places no computed operand tells apart.
+
+    A table of positions [tokens, channels] is added to channels: its tokens are no hidden axis.
+    """
+    reach = list(labels)
+    computed = [i for i, operand in enumerate(operands) if operand not in relations.from_weights]
+    for index, operand in enumerate(operands if computed else ()):
+        if operand not in relations.from_weights:
+            continue
+        for axis in tracked(reach[index]):
+            if all(labels[i].shape[axis] == 1 and shapes[i][axis] != 1 for i in computed):
+                reach[index] = relations.collapse(reach[index], axis)
+    return reach
 
 
 def _factors(relations: Relations, labels: Sequence[Labels], multiply: bool) -> Labels:

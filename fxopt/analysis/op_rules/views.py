@@ -49,7 +49,7 @@ def reshape(relations: Relations, node: Node) -> Labels:
     """Axes merged and split; a label that depends on an axis merged with a varying one is lost."""
     source: Any = node.args[0]
     labels, old, new = relations.labels(source), hints(source), hints(node)
-    if 0 in old:
+    if old is None or new is None or 0 in old:
         return block(relations, node, "its shape cannot be told")
     shape: list[int] = []
     for (a, c), (b, d) in pairwise(_boundaries(old, new)):
@@ -226,10 +226,13 @@ def flip(relations: Relations, node: Node) -> Labels:
 
 @op_rule(aten.index.Tensor)
 def index(relations: Relations, node: Node) -> Labels:
-    """Positions picked along leading axes that the labels do not depend on."""
+    """Positions picked along leading axes that the labels do not depend on, or along one axis."""
     indices: Any = node.args[1]
     labels = relations.labels(node.args[0])
     picked = len(indices)
+    given = [axis for axis, entry in enumerate(indices) if entry is not None]
+    if len(given) == 1 and len(sizes(indices[given[0]])) == 1:
+        return _pick(relations, node, given[0], indices[given[0]])
     for given in indices:
         if given is not None:
             relations.fix(relations.labels(given), "elements are found by it")
@@ -243,10 +246,14 @@ def index(relations: Relations, node: Node) -> Labels:
 def index_select(relations: Relations, node: Node) -> Labels:
     """Positions picked along one axis by a stored index: their labels."""
     arguments: Any = node.args
-    labels, axis = relations.labels(arguments[0]), arguments[1]
-    index = relations.program.constant(arguments[2])
+    return _pick(relations, node, arguments[1], arguments[2])
+
+
+def _pick(relations: Relations, node: Node, axis: int, chosen: Node) -> Labels:
+    labels = relations.labels(node.args[0])
+    index = relations.program.constant(chosen)
     if labels.shape[axis] == 1:
-        relations.fix(relations.labels(arguments[2]), "elements are found by it")
+        relations.fix(relations.labels(chosen), "elements are found by it")
         return labels
     if index is None:
         return block(relations, node, "its elements are picked by an index")

@@ -9,6 +9,7 @@ Source: Ashkboos et al., SliceGPT: Compress Large Language Models by Deleting Ro
     ICLR 2024, arXiv:2401.15024.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from fxopt.ir.program import Level, Program, Site
 from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
 from fxopt.passes.equivalence.centring import centre
 from fxopt.passes.equivalence.changes import Changes
-from fxopt.passes.equivalence.norms import Norm, fold_bias, norms, reads_only_linear
+from fxopt.passes.equivalence.norms import Norm, fold_bias, group_by_gain, norms, reads_only_linear
 
 
 @register("fold-norm")
@@ -41,17 +42,18 @@ class FoldNorm(Pass):
         changes = Changes(program)
         found = symmetries(program, Kind.SCALE)
         held = {edit.name: symmetry for symmetry in found for edit in symmetry.weights}
-        for norm in norms(program):
-            if norm.gain is None or bool((norm.value == 1).all()):
+        alike = group_by_gain(norms(program))
+        for gain, (norm, *others) in alike.items():
+            if bool((norm.value == 1).all()):
                 continue
-            symmetry = held.get(norm.gain)
-            reason = _unfoldable(norm, symmetry)
+            symmetry = held.get(gain)
+            reason = _unfoldable([norm, *others], symmetry)
             if reason is None and symmetry is not None:
-                _fold(program, norm, symmetry)
+                _fold(program, changes, norm, symmetry)
                 readers = ", ".join(e.name for e in _from_gain(norm, symmetry) if e.inverse)
                 changes.sites.append(Site(norm.path, f"gain folded into {readers}"))
             else:
-                changes.refuse(norm.path, found.reason(norm.gain) or str(reason))
+                changes.refuse(norm.path, found.reason(gain) or str(reason))
         if self.bias:
             for norm in norms(program):
                 if fold_bias(program, norm):
@@ -61,7 +63,8 @@ class FoldNorm(Pass):
         return changes.result()
 
 
-def _unfoldable(norm: Norm, symmetry: Symmetry | None) -> str | None:
+def _unfoldable(alike: list[Norm], symmetry: Symmetry | None) -> str | None:
+    norm = alike[0]
     if symmetry is None:
         return "what reads it is not only linears with a stored weight"
     edits = _from_gain(norm, symmetry)
@@ -73,7 +76,7 @@ def _unfoldable(norm: Norm, symmetry: Symmetry | None) -> str | None:
     if others or len(gains) != 1 or gains[0].positions.size != norm.value.numel():
         return f"its gain is tied to {', '.join(e.name for e in others) or 'other gains'}"
     negative = int((norm.value < 0).sum())
-    if negative and not reads_only_linear(norm.node):
+    if negative and not all(reads_only_linear(other.node) for other in alike):
         return f"{negative} of its gains are negative and something nonlinear lies behind it"
     if norm.shift is not None and bool((norm.value == 0).any()):
         return "some of its gains are zero and it has a bias"
@@ -82,11 +85,16 @@ def _unfoldable(norm: Norm, symmetry: Symmetry | None) -> str | None:
 
 def _from_gain(norm: Norm, symmetry: Symmetry) -> list[Edit]:
     """The weights of the axis, with directions counted from the norm's gain."""
-    gain = next(edit for edit in symmetry.weights if edit.name == norm.gain)
-    return [edit.turned() if gain.inverse else edit for edit in symmetry.weights]
+    turned = _is_turned(norm, symmetry)
+    return [edit.turned() if turned else edit for edit in symmetry.weights]
 
 
-def _fold(program: Program, norm: Norm, symmetry: Symmetry) -> None:
+def _is_turned(norm: Norm, symmetry: Symmetry) -> bool:
+    return next(edit for edit in symmetry.weights if edit.name == norm.gain).inverse
+
+
+def _fold(program: Program, changes: Changes, norm: Norm, symmetry: Symmetry) -> None:
+    """The gain becomes one; what it multiplied, a cache included, takes it up."""
     edits = _from_gain(norm, symmetry)
     gain = next(edit for edit in edits if edit.name == norm.gain)
     factor = norm.value[torch.from_numpy(gain.positions)][..., 0]
@@ -97,3 +105,10 @@ def _fold(program: Program, norm: Norm, symmetry: Symmetry) -> None:
         else:
             new = changed(value, edit.turned(), Kind.SCALE, factor)
         program.set_weight(edit.name, new)
+    for edit in symmetry.edits:
+        if edit.role == "input":
+            towards = edit.turned() if _is_turned(norm, symmetry) else edit
+            change = functools.partial(
+                changed, edit=towards.turned(), kind=Kind.SCALE, transform=factor
+            )
+            changes.follow(edit.name, change)

@@ -42,6 +42,15 @@ def norms(program: Program) -> list[Norm]:
     return found
 
 
+def group_by_gain(found: list[Norm]) -> dict[str, list[Norm]]:
+    """The norms of each gain: a module that is called twice is two norms."""
+    groups: dict[str, list[Norm]] = {}
+    for norm in found:
+        if norm.gain is not None:
+            groups.setdefault(norm.gain, []).append(norm)
+    return groups
+
+
 def weight_behind(value: Any) -> str | None:
     """The weight that a gain is made from."""
     while isinstance(value, Node) and value.op == "call_function" and value.args:

@@ -63,20 +63,24 @@ class Permutation(Pass):
         refusals: dict[tuple[str, str], Refusal] = {}
         known: set[str] = set()
         moved: set[str] = set()  # weights whose groups changed place as a whole
-        seen: set[str] = set()  # with one query head per kv head, a head is its own group
+        # With one query head per kv head, a head is its own group.
+        seen: set[frozenset[Any]] = set()
         for unit in self.units:
             found = symmetries(program, Kind.PERMUTE, unit, self.restored(program))
             for symmetry in found.of_role(self.role):
-                if str(symmetry) in seen:
+                places = frozenset(edit.place for edit in symmetry.edits)
+                if places in seen:
                     continue
-                seen.add(str(symmetry))
+                seen.add(places)
                 known.add(symmetry.path)
                 context.progress(symmetry.path)
                 if self._permute(program, changes, symmetry) and unit is Unit.GROUP:
                     moved |= {edit.name for edit in symmetry.weights}
             refusals |= {(r.site, r.reason): r for r in found.refusals}
         self._check_given(known)
-        left = (r for r in refusals.values() if not _moved_after_all(r, moved))
+        left = [r for r in refusals.values() if not _moved_after_all(r, moved)]
+        if not (changes.sites or changes.refusals or left):
+            left = symmetries(program, Kind.PERMUTE, self.units[0]).refused_axes()
         return changes.result(left)
 
     def _permute(self, program: Program, changes: Changes, symmetry: Symmetry) -> bool:

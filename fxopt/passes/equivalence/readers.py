@@ -50,5 +50,7 @@ def read_elsewhere(program: Program, reader: Reader) -> str | None:
         if node.op == "get_attr" and str(node.target) in reader.weights:
             other = next((user for user in node.users if user not in reader.linears), None)
             if other is not None:
-                return f"{node.target} is also read by {other.name}; run untie first"
+                untied = other.target is not aten.linear.default  # untie leaves those tied
+                advice = "; run untie first" if untied else ""
+                return f"{node.target} is also read by {other.name}{advice}"
     return None

@@ -67,7 +67,7 @@ class SmoothQuant(Pass):
         """Smooth every activation that linears read.
 
         Readers go first: folding their scale changes the rows that an earlier site measures, and
-        so a second run at alpha 0.5 finds nothing to do.
+        so a second run at alpha 0.5 finds nothing to do where a symmetry has one reader.
         """
         changes = Changes(program)
         for site in reversed(smoothing_sites(program, self.fold)):
