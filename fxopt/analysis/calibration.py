@@ -164,6 +164,8 @@ def real_rows(value: Tensor, tokens: Tensor | None) -> Tensor:
     # A pooled activation [B, d] has no token axis, even where d happens to be the length.
     if tokens is not None and value.dim() >= 3 and value.shape[:2] == tokens.shape:
         value = value[tokens]
+    elif tokens is not None and value.dim() == 2 and len(value) == tokens.numel():
+        value = value[tokens.flatten()]  # [B S, d]: a model may flatten its tokens (OPT, routers)
     return value.reshape(-1, value.shape[-1])
 
 

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from fxopt.analysis.axis import Edit, Symmetry
 from fxopt.analysis.classes import Classes
+from fxopt.analysis.copies import ranks_of_copies
 from fxopt.analysis.relations import FIXED, Entry, Kind, Labels, Reason, Relations
 from fxopt.ir.program import Refusal
 
@@ -28,6 +29,7 @@ class Grouping:
         self.rows = np.zeros((size, 2), dtype=np.uint64)
         self.tensors = np.zeros((size, 2), dtype=np.uint64)
         self.sides = self._sides(random)
+        self.copies = ranks_of_copies(relations)
         if not self.factors:
             for rows in relations.rows:
                 for row in rows:
@@ -121,7 +123,8 @@ class Grouping:
         return [part for part in (inside[~divided], inside[divided]) if part.size]
 
     def _edit(self, entry: Entry, inside: Labels, place: Labels, shape: tuple[int, int]) -> Edit:
-        order = inside[np.lexsort((self.sides[entry.labels[inside]], place))]
+        labels = entry.labels[inside]
+        order = inside[np.lexsort((self.copies[labels], self.sides[labels], place))]
         side = bool(self.classes.inverse[entry.labels[order[0]]])
         positions = order.reshape(*shape, -1)
         return Edit(

@@ -204,14 +204,14 @@ class Relations:
     def behind(self, labels: Labels) -> Labels:
         """New labels for the same coordinates behind an operator; they change alike.
 
-        What went through an operator and what did not are so told apart.
+        What went through an operator and what did not are so told apart, and from there on the
+        copies of a coordinate, each of which may meet a weight of its own.
         """
-        before, places = np.unique(labels, return_inverse=True)
-        after = np.full(before.shape, FIXED, dtype=np.int64)
-        moving = before != FIXED
+        moving = labels != FIXED
+        after = np.full(labels.shape, FIXED, dtype=np.int64)
         after[moving] = self.fresh([int(moving.sum())])
-        self.couple(before, after)
-        return after[places].reshape(labels.shape)
+        self.couple(labels, after)
+        return after
 
     def collapse(self, labels: Labels, axis: int) -> Labels:
         """The same labels, made independent of an axis."""

@@ -61,8 +61,10 @@ def _call(relations: Relations, node: Node) -> Any:
     loose = any(_changes(relations, operand) for operand in operands)
     if rule is not None and loose:
         found = rule(relations, node)
-        alike = op_rules.is_by_element(node.target) and relations.kind not in op_rules.FACTORS
-        return relations.behind(found) if alike and not isinstance(found, list) else found
+        if relations.kind in op_rules.FACTORS or not op_rules.is_by_element(node.target):
+            return found
+        passed = any(found is relations.values.get(operand) for operand in operands)
+        return relations.behind(found) if passed else found  # type: ignore[arg-type]
     for operand in operands if loose else ():
         held = relations.values.get(operand)
         for labels in held if isinstance(held, list) else [relations.labels(operand)]:

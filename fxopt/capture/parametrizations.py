@@ -29,7 +29,7 @@ def compute_parametrized_weights(graph_module: GraphModule) -> list[str]:
         readers = [user for user in node.users if user not in values]
         if node not in values or node.op == "get_attr" or not readers:
             continue
-        name = _name(node, values[node], made)
+        name = _name(graph_module, node, values[node], made)
         if name not in made:
             assign_weight(graph_module, name, values[node])
             made[name] = values[node]
@@ -72,7 +72,7 @@ def _follows(node: Node, values: dict[Node, Any]) -> bool:
     return bool(sources) and pure and all(source in values for source in sources)
 
 
-def _name(node: Node, value: Tensor, made: dict[str, Tensor]) -> str:
+def _name(graph_module: GraphModule, node: Node, value: Tensor, made: dict[str, Tensor]) -> str:
     """`conv.weight` for what is made of `conv.parametrizations.weight.original0`.
 
     A module that is called twice computes the same twice.
@@ -83,4 +83,11 @@ def _name(node: Node, value: Tensor, made: dict[str, Tensor]) -> str:
     owner, _, rest = f".{origin.target}".partition(_MARK)
     stem = f"{owner}.{rest.split('.')[0]}".lstrip(".")
     names = itertools.chain([stem], (f"{stem}_{count}" for count in itertools.count(1)))
-    return next(name for name in names if name not in made or torch.equal(made[name], value))
+    taken = {f"{name}." for name, _ in named_tensors(graph_module)}
+
+    def fits(name: str) -> bool:
+        if name in made:
+            return torch.equal(made[name], value)
+        return not any(other.startswith(f"{name}.") for other in taken)
+
+    return next(name for name in names if fits(name))

@@ -60,10 +60,11 @@ def join(relations: Relations, operands: Sequence[Any], rank: int, multiply: boo
         return relations.fixed(rank)
     # Of several full operands, the first whose labels depend on something says what moves.
     base = max(full, key=lambda i: (len(tracked(labels[i])), (labels[i] != FIXED).any(), -i))
+    result = relations.behind(labels[base])
     for index, other in enumerate(labels):
         if index != base:
-            _meet(relations, labels[base], other, shapes[index], multiply)
-    return labels[base]
+            _meet(relations, result, other, shapes[index], multiply)
+    return result
 
 
 def _within_reach(

@@ -59,7 +59,10 @@ def reshape(relations: Relations, node: Node) -> Labels:
         if b - a == d - c == 1 or None not in sizes(source)[a:b]:
             wide = list(labels.shape)
             wide[a:b] = old[a:b]
+            copied = labels.shape != tuple(wide)
             labels = np.broadcast_to(labels, wide)
+            if copied and relations.kind not in FACTORS:
+                labels = relations.behind(labels)
             shape += new[c:d]
             continue
         for axis in range(a, b):
@@ -231,7 +234,7 @@ def index(relations: Relations, node: Node) -> Labels:
     labels = relations.labels(node.args[0])
     picked = len(indices)
     given = [axis for axis, entry in enumerate(indices) if entry is not None]
-    if len(given) == 1 and len(sizes(indices[given[0]])) == 1:
+    if len(given) == 1 and _is_list_of_places(indices[given[0]]):
         return _pick(relations, node, given[0], indices[given[0]])
     for given in indices:
         if given is not None:
@@ -247,6 +250,11 @@ def index_select(relations: Relations, node: Node) -> Labels:
     """Positions picked along one axis by a stored index: their labels."""
     arguments: Any = node.args
     return _pick(relations, node, arguments[1], arguments[2])
+
+
+def _is_list_of_places(value: Node) -> bool:
+    """Whether an index is a row of integers; bits choose in another way."""
+    return len(sizes(value)) == 1 and value.meta["val"].dtype in (torch.int64, torch.int32)
 
 
 def _pick(relations: Relations, node: Node, axis: int, chosen: Node) -> Labels:

@@ -21,7 +21,14 @@ from fxopt.ir.program import Level, Program, Site
 from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
 from fxopt.passes.equivalence.centring import centre
 from fxopt.passes.equivalence.changes import Changes
-from fxopt.passes.equivalence.norms import Norm, fold_bias, group_by_gain, norms, reads_only_linear
+from fxopt.passes.equivalence.norms import (
+    Norm,
+    fold_bias,
+    group_by_gain,
+    norms,
+    read_by_norms_alone,
+    reads_only_linear,
+)
 
 
 @register("fold-norm")
@@ -76,10 +83,17 @@ def _unfoldable(alike: list[Norm], symmetry: Symmetry | None) -> str | None:
     if others or len(gains) != 1 or gains[0].positions.size != norm.value.numel():
         return f"its gain is tied to {', '.join(e.name for e in others) or 'other gains'}"
     negative = int((norm.value < 0).sum())
-    if negative and not all(reads_only_linear(other.node) for other in alike):
+    plain = read_by_norms_alone(alike) and all(reads_only_linear(n.node) for n in alike)
+    if negative and not plain:
         return f"{negative} of its gains are negative and something nonlinear lies behind it"
-    if norm.shift is not None and bool((norm.value == 0).any()):
+    zero = bool((norm.value == 0).any())
+    if zero and norm.shift is not None:
         return "some of its gains are zero and it has a bias"
+    if zero and any(edit.role == "input" for edit in symmetry.edits):
+        return "some of its gains are zero and a cache would be divided by them"
+    shared = norm.value[torch.from_numpy(gains[0].positions)]
+    if not bool((shared == shared[..., :1]).all()):
+        return "channels that have to change alike have different gains"
     return None
 
 

@@ -69,6 +69,21 @@ def reads_only_linear(node: Node) -> bool:
     )
 
 
+def read_by_norms_alone(alike: list[Norm]) -> bool:
+    """Whether the gain of some norms is read as their gain and in no other way."""
+    pending: list[Any] = [norm.node.args[2] for norm in alike]
+    nodes, seen = {norm.node for norm in alike}, set[Node]()
+    while pending:
+        value = pending.pop()
+        if not isinstance(value, Node) or value in seen:
+            continue
+        seen.add(value)
+        if any(user not in nodes and user not in seen for user in value.users):
+            return False
+        pending += value.all_input_nodes
+    return True
+
+
 def fold_bias(program: Program, norm: Norm) -> bool:
     """Put c <- c + W b and b <- 0, where each linear behind the norm has a bias of its own."""
     if norm.shift is None or not reads_only_linear(norm.node) or not norm.node.users:

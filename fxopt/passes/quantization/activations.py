@@ -71,6 +71,12 @@ def _static_qparams(
             "data. Pass calibration data that uses this part of the model."
         )
     edges = static_edges(source.name, context, options)  # [2, groups]
+    if not bool(edges.any()):
+        raise CalibrationError(
+            f"{source.name!r} was zero for all of the calibration data (an expert that no token "
+            "was sent to, perhaps), so no range can be told. Pass calibration data that uses this "
+            "part of the model, or exclude it."
+        )
     low, high = options.format.range(options.symmetric)
     scale, zero_point = ops.choose_qparams(edges, [-1, 1], options.symmetric, low, high)
     shape = [1] * (len(shape_of(source)) - 1) + [-1]

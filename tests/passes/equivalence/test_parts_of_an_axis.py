@@ -265,3 +265,163 @@ def test_an_axis_that_stands_alone_is_refused_with_its_reason():
     after = run(program(Alone()), PermuteFfn(by="random"))
     assert sites(after) == []
     assert "linear.weight, axis 0: aten.cumsum.default has no op rule" in refusals(after)
+
+
+# --- copies of a coordinate -----------------------------------------------------------------------
+
+
+class Copies(nn.Module):
+    """Each hidden unit twice, each copy with a gain of its own, in some order."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(2 * HIDDEN, WIDTH)
+        self.gain = nn.Parameter(torch.randn(2 * HIDDEN))
+        self.register_buffer("order", torch.randperm(2 * HIDDEN))
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        if self.form == "interleaved":
+            both = torch.stack((h, h.flip(-1)), -1).flatten(-2) * self.gain
+            return self.down(both.unflatten(-1, (HIDDEN, 2)).transpose(-1, -2).flatten(-2))
+        both = torch.cat((h, h), -1)
+        both = both + self.gain if self.form == "shifted" else both * self.gain
+        if self.form == "picked":
+            return self.down(both.index_select(-1, self.order))
+        if self.form == "exchanged":
+            return self.down(torch.cat((both[..., HIDDEN:], both[..., :HIDDEN]), -1))
+        return self.down(both[..., self.order])
+
+
+@pytest.mark.parametrize("form", ["scaled", "shifted", "picked", "exchanged", "interleaved"])
+def test_copies_of_a_hidden_unit_change_places_with_their_like(form):
+    torch.manual_seed(0)
+    after = run(program(Copies(form)), PermuteFfn(by="random"))
+    assert sites(after) == ["up"]
+
+
+class CopiedStream(nn.Module):
+    """A residual stream of which each channel stands twice, in another order than it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Linear(WIDTH, WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.head, self.norm = nn.Linear(WIDTH, WIDTH), nn.RMSNorm(WIDTH, elementwise_affine=False)
+        self.bias = nn.Parameter(torch.randn(2 * WIDTH))
+        self.register_buffer("order", torch.randperm(2 * WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        h = h + self.mix((torch.cat((h, h), -1) + self.bias)[..., self.order])
+        return self.head(self.norm(h))
+
+
+def test_copies_of_a_stream_follow_a_permutation():
+    torch.manual_seed(0)
+    assert len(sites(run(program(CopiedStream()), PermuteResidual(by="random")))) == 1
+
+
+class ReorderedHeads(nn.Module):
+    """The channels of all heads in another order, or heads picked by an index."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        heads = 4 if form == "picked" else 3
+        self.heads, self.form = heads, form
+        self.q = nn.Linear(WIDTH, heads * 4)
+        kv = 2 if form == "picked" else heads
+        self.k, self.v = nn.Linear(WIDTH, kv * 4), nn.Linear(WIDTH, kv * 4)
+        self.o = nn.Linear(heads * 4, WIDTH)
+        self.gain = nn.Parameter(torch.randn(heads, 1, 4))
+        self.register_buffer("order", torch.randperm(heads * 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, 4)).transpose(1, 2) for linear in (self.q, self.k, self.v)
+        )
+        if self.form == "picked":
+            k, v = k[:, [0, 1, 1, 0]], v[:, [0, 1, 1, 0]]
+            y = functional.scaled_dot_product_attention(q, k, v) * self.gain
+            return self.o(y[:, [0, 2, 1, 3]].transpose(1, 2).flatten(-2))
+        y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        if self.form == "shuffled":
+            return self.o(y[..., self.order])
+        return self.o(torch.cat((y[..., 6:], y[..., :6]), -1))
+
+
+@pytest.mark.parametrize("form", ["picked", "shuffled", "turned"])
+def test_heads_are_followed_through_another_order(form):
+    torch.manual_seed(0)
+    assert sites(run(program(ReorderedHeads(form)), PermuteHeads(by="random")))
+
+
+def test_bits_that_pick_are_no_row_of_places():
+    class Masked(FeedForward):
+        def __init__(self) -> None:
+            super().__init__(half_scaled)
+            self.register_buffer("chosen", torch.ones(HIDDEN, dtype=torch.bool))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x)[..., self.chosen]
+            torch._check(y.shape[-1] == HIDDEN)
+            return self.down(y)
+
+    after = run(program(Masked()), PermuteFfn(by="random"))
+    assert sites(after) == []
+    assert "picked by an index" in refusals(after)
+
+
+# --- gains that something else holds, too ---------------------------------------------------------
+
+
+class Mixer(nn.Module):
+    """A norm whose channels share what reads them."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.norm, self.form = nn.RMSNorm(WIDTH), form
+        self.first, self.second = nn.Linear(5, HIDDEN), nn.Linear(HIDDEN, 5)
+        self.part, self.conv = nn.Linear(4, 4), nn.Conv1d(5, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        if self.form == "tokens":
+            mixed = self.second(functional.gelu(self.first(y.transpose(1, 2))))
+            return x + mixed.transpose(1, 2)
+        return self.part(y.unflatten(-1, (2, 4))) if self.form == "halves" else self.conv(y)
+
+
+@pytest.mark.parametrize("form", ["tokens", "halves", "conv"])
+def test_different_gains_of_channels_that_change_alike_stay(form):
+    module = Mixer(form)
+    randomize(module)
+    after = run(plain(module, torch.randn(2, 5, WIDTH)), FoldNorm())
+    assert sites(after) == []
+    assert "norm" in refusals(after)
+
+
+def test_a_negative_gain_that_is_read_outside_a_norm_stays():
+    class Outside(SharedNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(self.norm(x)) + self.b((x * self.norm.weight).relu())
+
+    module = Outside(nonlinear=True)
+    randomize(module)
+    module.norm.weight.data = -torch.linspace(0.5, 1.5, WIDTH)
+    after = run(plain(module, torch.randn(2, 5, WIDTH)), FoldNorm())
+    assert sites(after) == []
+    assert "negative" in refusals(after)
+
+
+def test_no_cache_is_divided_by_a_zero_gain():
+    before = canonical("deepseekv3")
+    (name,) = [
+        n for n in before.weights() if n.endswith("layers.0.self_attn.kv_a_layernorm.weight")
+    ]
+    gain = before.weight(name).clone()
+    gain[0] = 0
+    before.set_weight(name, gain)
+    after = run(before, FoldNorm())
+    assert "a cache would be divided by them" in refusals(after)
+    assert not any("layers.0.self_attn.kv_a" in site for site in sites(after))

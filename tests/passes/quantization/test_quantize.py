@@ -584,15 +584,21 @@ def test_static_activations_do_not_leave_the_calibrated_range():
 def with_outlier(program: Program) -> Program:
     """Token 98 has an embedding like no other."""
     changed = program.clone()
-    name = "embeddings.word_embeddings.weight"
+    (name,) = [
+        n
+        for n in program.weights()
+        if n.endswith(("word_embeddings.weight", "embed_tokens.weight"))
+    ]
     table = changed.weight(name).clone()
     table[98] = 1e4 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     changed.set_weight(name, table)
     return changed
 
 
-def test_padding_is_never_observed():
-    program = with_outlier(canonical_program("bert"))
+@pytest.mark.parametrize("model", ["bert", "opt"])
+def test_padding_is_never_observed(model):
+    """OPT flattens its tokens in front of the feed-forward block."""
+    program = with_outlier(canonical_program(model))
     clean = bert_batch(3, 9, 0)
     dirty = {**clean, "input_ids": clean["input_ids"].clone()}
     dirty["input_ids"][clean["attention_mask"] == 0] = 98
@@ -637,6 +643,24 @@ def test_pooled_rows_are_not_taken_for_tokens():
     pooled = torch.randn(2, 8)
     tokens = torch.tensor([[True] * 8, [True] * 5 + [False] * 3])
     assert torch.equal(real_rows(pooled, tokens), pooled)
+
+
+def test_flattened_tokens_are_told_from_padding():
+    value = torch.randn(6, 8)
+    tokens = torch.tensor([[True, True, False], [True, False, False]])
+    assert torch.equal(real_rows(value, tokens), value[[0, 1, 3]])
+
+
+def test_an_activation_that_was_always_zero_has_no_range():
+    """An expert that no token was sent to runs on zeros."""
+
+    class Gated(Wide):
+        def forward(self, x):
+            return self.first(x) + self.second(torch.where(x > 1e3, x, 0.0))
+
+    program = captured(Gated(), torch.randn(2, 3, 8))
+    with pytest.raises(CalibrationError, match="was zero for all of the calibration data"):
+        apply(program, [Sample([torch.randn(2, 3, 8)])], activations=TENSOR)
 
 
 def test_missing_calibration_leaves_the_program_as_it_was():
