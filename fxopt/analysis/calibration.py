@@ -165,7 +165,7 @@ def real_rows(value: Tensor, tokens: Tensor | None) -> Tensor:
     if tokens is not None and value.dim() >= 3 and value.shape[:2] == tokens.shape:
         value = value[tokens]
     elif tokens is not None and value.dim() == 2 and len(value) == tokens.numel():
-        value = value[tokens.flatten()]  # [B S, d]: a model may flatten its tokens (OPT, routers)
+        value = value[tokens.flatten()]  # [B S, d]: a model may flatten its tokens
     return value.reshape(-1, value.shape[-1])
 
 

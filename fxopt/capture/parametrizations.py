@@ -21,8 +21,8 @@ from fxopt.ir.program import assign_weight, has_effect
 _MARK = ".parametrizations."
 
 
-def compute_parametrized_weights(graph_module: GraphModule) -> list[str]:
-    """Replace what is computed from parametrized tensors alone; returns the weights' names."""
+def compute_parametrized_weights(graph_module: GraphModule) -> None:
+    """Replace what is computed from parametrized tensors alone by the weight that it comes to."""
     graph, values = graph_module.graph, _values(graph_module)
     made: dict[str, Tensor] = {}
     for node in list(graph.nodes):
@@ -41,7 +41,6 @@ def compute_parametrized_weights(graph_module: GraphModule) -> list[str]:
     graph.eliminate_dead_code(has_effect)
     _drop_unread(graph_module)
     graph_module.recompile()
-    return list(made)
 
 
 def _drop_unread(graph_module: GraphModule) -> None:
@@ -83,11 +82,11 @@ def _name(graph_module: GraphModule, node: Node, value: Tensor, made: dict[str, 
     owner, _, rest = f".{origin.target}".partition(_MARK)
     stem = f"{owner}.{rest.split('.')[0]}".lstrip(".")
     names = itertools.chain([stem], (f"{stem}_{count}" for count in itertools.count(1)))
-    taken = {f"{name}." for name, _ in named_tensors(graph_module)}
+    held = [f"{name}." for name, _ in named_tensors(graph_module)]
 
     def fits(name: str) -> bool:
         if name in made:
             return torch.equal(made[name], value)
-        return not any(other.startswith(f"{name}.") for other in taken)
+        return not any(other.startswith(f"{name}.") for other in held)
 
     return next(name for name in names if fits(name))
