@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from fxopt.analysis.calibration import Sample
+from fxopt.analysis.samples import Sample
 from fxopt.ir.program import Program, module_path
 from fxopt.pipeline.data import calibration_samples
 

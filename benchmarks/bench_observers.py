@@ -22,9 +22,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from fxopt.analysis.calibration import collect, linear_inputs, real_rows
+from fxopt.analysis.calibration import collect, linear_inputs
 from fxopt.analysis.execution import run
 from fxopt.analysis.observers import Histogram, Range, kl_range, percentile_range
+from fxopt.analysis.samples import real_rows
 from fxopt.ir.program import Program, shape_of
 
 LINEAR = torch.ops.aten.linear.default

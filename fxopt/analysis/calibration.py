@@ -11,19 +11,12 @@ from torch.fx import Node
 
 from fxopt.analysis.execution import run
 from fxopt.analysis.observers import Histogram
+from fxopt.analysis.samples import RealTokens, Sample
 from fxopt.errors import CalibrationError
 from fxopt.ir.program import Program, dtype_of
 from fxopt.ir.stored_codes import is_stored_weight
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Flat inputs of one calibration batch, and which of its tokens are real."""
-
-    inputs: Sequence[Tensor]
-    tokens: Tensor | None = None  # bool [B, S]; None when all are real
 
 
 @dataclass
@@ -85,10 +78,10 @@ def collect(
         CalibrationError: there was no data, or an activation was not finite.
     """
     wanted = {node.name for node in nodes}
-    statistics = Statistics()
+    statistics, real = Statistics(), RealTokens(program)
     for index, sample in enumerate(samples):
         keep = -(-rows // max(1, len(samples)))
-        _observe(program, wanted, sample, statistics, keep, histogram)
+        _observe(program, wanted, sample, real, statistics, keep, histogram)
         progress(index + 1)
     if not statistics.tokens:
         raise CalibrationError(
@@ -117,6 +110,7 @@ def _observe(
     program: Program,
     wanted: set[str],
     sample: Sample,
+    real: RealTokens,
     statistics: Statistics,
     keep: int,
     histogram: bool,
@@ -124,17 +118,14 @@ def _observe(
     def watch(node: Node, value: object) -> None:
         if node.name not in wanted or not isinstance(value, Tensor):
             return
-        rows = real_rows(value, sample.tokens)
+        rows = real.rows(node, value, sample)
         if rows.numel() == 0:
             return
         statistics.add(node.name, rows, keep, histogram)
 
     with fitting(sample.inputs):
         run(program, sample.inputs, watch)
-    if sample.tokens is not None:
-        statistics.tokens += int(sample.tokens.sum())
-    else:
-        statistics.tokens += max((t.shape[0] for t in sample.inputs if t.dim()), default=0)
+    statistics.tokens += sample.count
 
 
 @contextlib.contextmanager
@@ -155,18 +146,6 @@ def fitting(inputs: Sequence[Tensor]) -> Generator[None]:
             f"{str(error).strip().splitlines()[0]}. Pass tokens of the model's own vocabulary, and "
             "no more of them than it has positions."
         ) from error
-
-
-def real_rows(value: Tensor, tokens: Tensor | None) -> Tensor:
-    """An activation as rows [tokens, channels], padding left out where it can be told."""
-    if value.dim() < 2:
-        return value.reshape(1, -1)
-    # A pooled activation [B, d] has no token axis, even where d happens to be the length.
-    if tokens is not None and value.dim() >= 3 and value.shape[:2] == tokens.shape:
-        value = value[tokens]
-    elif tokens is not None and value.dim() == 2 and len(value) == tokens.numel():
-        value = value[tokens.flatten()]  # [B S, d]: a model may flatten its tokens
-    return value.reshape(-1, value.shape[-1])
 
 
 def linear_inputs(program: Program) -> list[Node]:

@@ -20,8 +20,8 @@ from torch.fx import Interpreter, Node
 from torch.fx.node import map_aggregate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fxopt.analysis.calibration import Sample, real_rows
 from fxopt.analysis.output_error import is_logits, judged_outputs
+from fxopt.analysis.samples import RealTokens, Sample
 from fxopt.ir.operators.registration import REFERENCES
 from fxopt.ir.program import Program
 
@@ -112,8 +112,9 @@ class Loss:
             own = dict(zip(linears, self.weights, strict=True))
             outputs = _Differentiable(program, own).run(*sample.inputs)
             loss = torch.zeros(())
+            (results,), real = program.graph.output_node().args, RealTokens(program)
             for index in judged_outputs(program):
-                y = real_rows(outputs[index], sample.tokens)
+                y = real.rows(results[index], outputs[index], sample)  # type: ignore[index]
                 logits = is_logits(program.signature.outputs[index])
                 loss = loss + _distance(y, y.detach(), logits)
             self.gradients = torch.autograd.grad(

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxopt.analysis.calibration import Sample, fitting, real_rows
+from fxopt.analysis.calibration import fitting
+from fxopt.analysis.samples import RealTokens, Sample
 from fxopt.errors import CalibrationError
 from fxopt.ir.program import Program
 
@@ -27,6 +28,7 @@ class Lockstep:
     def __init__(self, program: Program, samples: Sequence[Sample]) -> None:
         self.program = program
         self.samples = samples
+        self.real = RealTokens(program)
         self.values: list[dict[Node, Any]] = [{} for _ in samples]
         self.constant: dict[Node, Any] = {}  # what depends on weights alone, until its last use
         self.needed: set[Node] = set()
@@ -57,7 +59,7 @@ class Lockstep:
             CalibrationError: a value is not finite.
         """
         found = [
-            real_rows(values[node], sample.tokens)
+            self.real.rows(node, values[node], sample)
             for values, sample in zip(self.values, self.samples, strict=True)
         ]
         if not all(bool(torch.isfinite(rows).all()) for rows in found):

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.analysis.calibration import Sample, real_rows
+from fxopt.analysis.samples import RealTokens, Sample, real_rows
 from fxopt.errors import CalibrationError
-from fxopt.ir.program import Program, dtype_of, shape_of
+from fxopt.ir.program import Program, dtype_of, hints, shape_of
 from fxopt.ir.signature import TensorSpec
 
 aten = torch.ops.aten
@@ -62,6 +62,7 @@ class OutputError:
     samples: Sequence[Sample]
     exact: Sequence[Mapping[int, Tensor]]  # of each sample
     token_ids: int | None  # which input holds the tokens whose perplexity can be told
+    of_decoder: Mapping[int, bool]  # whether an output's tokens are a decoder's, beside an encoder
 
     @staticmethod
     def of(
@@ -72,7 +73,9 @@ class OutputError:
         exact = [{i: output[i] for i in logits} for output in outputs]
         scores = next((i for i in logits if logits[i]), None)
         ids = None if scores is None else _token_ids(program, scores)
-        return OutputError(logits, samples, exact, ids)
+        (results,), real = program.graph.output_node().args, RealTokens(program)
+        of_decoder = {i: real.of_decoder(results[i]) for i in logits}  # type: ignore[index, arg-type]
+        return OutputError(logits, samples, exact, ids, of_decoder)
 
     def cost(self, outputs: Sequence[Sequence[Tensor]]) -> float:
         """Over all outputs, the sum of KL in nats per token or relative squared error."""
@@ -113,8 +116,10 @@ class OutputError:
                 "perplexity needs logits over the vocabulary that the model's own embedding "
                 "reads, and this model has none. Give a budget of sqnr_db or kl."
             )
-        before = self._cross_entropy([y[scores] for y in self.exact], self.token_ids)
-        after = self._cross_entropy([output[scores] for output in outputs], self.token_ids)
+        ids = [sample.inputs[self.token_ids] for sample in self.samples]
+        tokens = [sample.real(self.of_decoder[scores]) for sample in self.samples]
+        before = _cross_entropy([y[scores] for y in self.exact], ids, tokens)
+        after = _cross_entropy([output[scores] for output in outputs], ids, tokens)
         return math.expm1(after - before)
 
     def _divergence(self, outputs: Sequence[Sequence[Tensor]], index: int) -> float:
@@ -136,33 +141,37 @@ class OutputError:
         self, outputs: Sequence[Sequence[Tensor]], index: int
     ) -> Iterable[tuple[Tensor, Tensor]]:
         for sample, exact, output in zip(self.samples, self.exact, outputs, strict=True):
-            y, other = exact[index], output[index]
-            yield real_rows(y, sample.tokens), real_rows(other, sample.tokens)
+            tokens = sample.real(self.of_decoder[index])
+            yield real_rows(exact[index], tokens), real_rows(output[index], tokens)
 
-    def _cross_entropy(self, logits: Sequence[Tensor], token_ids: int) -> float:
-        total, count = 0.0, 0
-        for sample, scores in zip(self.samples, logits, strict=True):
-            ids = sample.inputs[token_ids][:, 1:]
-            real = torch.ones_like(ids, dtype=torch.bool)
-            if sample.tokens is not None:
-                real = (sample.tokens[:, 1:] & sample.tokens[:, :-1]).to(torch.bool)
-            rows, targets = scores[:, :-1][real], ids[real]
-            for part, target in zip(rows.split(_ROWS), targets.split(_ROWS), strict=True):
-                loss = torch.nn.functional.cross_entropy(part.float(), target, reduction="sum")
-                total += float(loss)
-            count += len(targets)
-        if count == 0:
-            raise CalibrationError("perplexity needs texts of at least two tokens.")
-        return total / count
+
+def _cross_entropy(
+    logits: Sequence[Tensor], ids: Sequence[Tensor], tokens: Sequence[Tensor | None]
+) -> float:
+    """Of the next token, mean over the real ones."""
+    total, count = 0.0, 0
+    for scores, given, known in zip(logits, ids, tokens, strict=True):
+        real = torch.ones_like(given[:, 1:], dtype=torch.bool)
+        if known is not None:
+            real = known[:, 1:] & known[:, :-1]
+        rows, targets = scores[:, :-1][real], given[:, 1:][real]
+        for part, target in zip(rows.split(_ROWS), targets.split(_ROWS), strict=True):
+            loss = torch.nn.functional.cross_entropy(part.float(), target, reduction="sum")
+            total += float(loss)
+        count += len(targets)
+    if count == 0:
+        raise CalibrationError("perplexity needs texts of at least two tokens.")
+    return total / count
 
 
 def _token_ids(program: Program, output: int) -> int | None:
-    """The input that indexes a table with as many rows as the output has classes."""
+    """The input of the output's length that indexes a table with a row for each class."""
     (results,) = program.graph.output_node().args
-    classes = shape_of(results[output])[-1]  # type: ignore[index]
+    length, classes = hints(shape_of(results[output])[-2:])  # type: ignore[index]
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
     for node in program.nodes(aten.embedding.default):
         table, ids = node.args[:2]
-        if ids in inputs and shape_of(table)[:1] == (classes,) and len(shape_of(ids)) == 2:
+        read, rows = hints(shape_of(ids)), hints(shape_of(table))
+        if ids in inputs and rows[:1] == [classes] and len(read) == 2 and read[1] == length:
             return inputs.index(ids)  # type: ignore[arg-type]
     return None

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.analysis.calibration import Sample
+from fxopt.analysis.samples import Sample
 from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, Table
 

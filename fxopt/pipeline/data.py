@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxopt.analysis.calibration import Sample
+from fxopt.analysis.samples import Sample
 from fxopt.errors import CalibrationError
 from fxopt.ir.signature import Signature
 from fxopt.runtime.calling import bind_keywords, bind_structured, fill_defaults
@@ -97,7 +97,7 @@ def _longest(signature: Signature, max_length: int) -> int:
 
 def _sample(signature: Signature, entry: Any) -> Sample:
     if signature.input_structure["items"][1]["items"] and isinstance(entry, Mapping):
-        return Sample(keyword_inputs(signature, entry), token_mask(entry))
+        return Sample(keyword_inputs(signature, entry), *token_masks(signature, entry))
     args, kwargs = ((), entry) if isinstance(entry, Mapping) else (_as_tuple(entry), {})
     if signature.cache is not None or signature.defaults:
         return Sample(keyword_inputs(signature, kwargs, args))
@@ -110,10 +110,22 @@ def _as_tuple(entry: Any) -> tuple[Any, ...]:
     return tuple(entry) if isinstance(entry, tuple | list) else (entry,)
 
 
-def token_mask(entry: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens are real, from the entry's attention mask."""
-    mask = entry.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+def token_masks(
+    signature: Signature, entry: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which tokens are real, and which of a decoder's, from the entry's attention masks."""
+    tokens, decoder_tokens = (
+        mask.bool() if isinstance(mask := entry.get(name), Tensor) and mask.dim() == 2 else None
+        for name in ("attention_mask", "decoder_attention_mask")
+    )
+    if _reads_twice(signature, entry) and decoder_tokens is None:
+        decoder_tokens = tokens
+    return tokens, decoder_tokens
+
+
+def _reads_twice(signature: Signature, entry: Mapping[str, Any]) -> bool:
+    """Whether a decoder is shown the encoder's tokens, because the entry has none for it."""
+    return bool(signature.step_inputs) and "decoder_input_ids" not in entry and "input_ids" in entry
 
 
 def keyword_inputs(
@@ -123,7 +135,7 @@ def keyword_inputs(
     bound = bind_keywords(signature, args, entry)
     count = signature.cache.count if signature.cache else 0
     specs = signature.inputs[: len(signature.inputs) - count]
-    if signature.step_inputs and "decoder_input_ids" not in bound and "input_ids" in bound:
+    if _reads_twice(signature, bound):
         bound["decoder_input_ids"] = bound["input_ids"]
     fill_defaults(signature, specs, bound, 0)
     tensors = [bound[spec.name] for spec in specs]

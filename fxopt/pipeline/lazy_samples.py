@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxopt.analysis.calibration import Sample
+from fxopt.analysis.samples import Sample
 from fxopt.ir.program import Program
 from fxopt.ir.signature import SizeRange
 from fxopt.pipeline.data import calibration_samples, standard_texts

@@ -4,10 +4,11 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from fxopt.analysis.calibration import Sample, collect
+from fxopt.analysis.calibration import collect
+from fxopt.analysis.samples import Sample
 from fxopt.errors import CalibrationError, ExpectationError, FxoptError, PassError
 from fxopt.ir.legality import check_program
 from fxopt.ir.memory import release_freed_memory
@@ -172,7 +173,7 @@ class Manager:
                 "calibration=[...]: inputs like those of the model, or texts where there is a "
                 "tokenizer."
             )
-        return [Sample(fitted(program, sample.inputs), sample.tokens) for sample in samples]
+        return [replace(sample, inputs=fitted(program, sample.inputs)) for sample in samples]
 
     def _statistics(
         self, program: Program, a_pass: Pass, samples: Sequence[Sample]

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxopt.analysis.calibration import real_rows
 from fxopt.analysis.curvature import (
     Loss,
     eigenvalues,
@@ -15,6 +14,7 @@ from fxopt.analysis.curvature import (
 )
 from fxopt.analysis.execution import run, run_float64
 from fxopt.analysis.output_error import OutputError, divergence, is_logits, judged_outputs
+from fxopt.analysis.samples import real_rows
 from tests.models import canonical_program
 from tests.passes.quantization.test_quantize import as_sample, bert_batch
 
@@ -53,7 +53,7 @@ def sample_of(name: str):
     program = canonical_program(name)
     if name == "bert":
         return program, as_sample(program, bert_batch(2, 5, 0))
-    from fxopt.analysis.calibration import Sample
+    from fxopt.analysis.samples import Sample
 
     return program, Sample(program.examples[0], None)
 

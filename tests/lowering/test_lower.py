@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxopt.analysis.calibration import Sample
+from fxopt.analysis.samples import Sample
 from fxopt.capture import capture_program
 from fxopt.errors import LoweringError
 from fxopt.ir.program import Level, Program, module_path

@@ -22,6 +22,7 @@ FEW_BITS = ["w4a16-nf4", "w3-gobo"]
         "w8a16",
         "zeroquant",
         "kv8",
+        "kv8-fp8",
         "kivi4",
         "kivi2",
         *FEW_BITS,
@@ -70,7 +71,9 @@ def test_zeroquant_leaves_no_linear_in_floating_point(model):
     assert "int8 weight per group of 16 rows, int8 activation per token" in details
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("kv8", "int8"), ("kivi4", "int4"), ("kivi2", "int2")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("kv8", "int8"), ("kv8-fp8", "fp8_e4m3"), ("kivi4", "int4"), ("kivi2", "int2")]
+)
 def test_cache_presets_leave_the_weights_alone(name, dtype):
     _, quantize_cache = presets()[name].build()
     options = quantize_cache.options()
@@ -109,7 +112,7 @@ def test_what_runs_before_quantize_runs_before_every_pass_that_rounds(name, roun
     ("name", "passes"),
     [
         ("w8a8-llm-int8", ["llm-int8", "quantize"]),
-        ("w8a8-static-peg", ["peg", "quantize"]),
+        ("w8a8-static-peg", ["peg", "quantize", "quantize"]),
         ("w8a8-static-mixed", ["quantize", "mixed-precision"]),
         ("w4a16-qbert", ["gptq", "quantize"]),
     ],
@@ -129,9 +132,47 @@ def test_presets_of_methods_store_every_linear_and_the_embeddings(name, passes):
 
 
 def test_groups_of_peg_are_those_that_quantize_gives_a_scale():
-    peg, quantize = presets()["w8a8-static-peg"].build()[1:]
+    peg, quantize, rest = presets()["w8a8-static-peg"].build()[1:]
+    assert rest.activations == ActivationOptions(granularity="tensor", symmetric=False)
     assert peg.groups == quantize.activations.groups == 6
     assert quantize.activations.granularity == "embedding_group"
+
+
+@pytest.mark.parametrize("width", [32, 48])
+def test_where_groups_of_peg_do_not_divide_a_linear_it_has_one_scale(width):
+    """6 divides 48 and not 32; the feed-forward's 96 it divides in both."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 96, "num_attention_heads": 4}
+    model = hf.BertModel(hf.BertConfig(**sizes, num_hidden_layers=1, vocab_size=99)).eval()
+    data = [{"input_ids": torch.randint(99, (4, 9))} for _ in range(4)]
+    optimized = fxopt.optimize(model, "w8a8-static-peg", calibration=data, progress=False)
+    linears = optimized.program.nodes(aten.linear.default)
+    assert all(is_stored_weight(node.args[1]) for node in linears)
+    _, grouped, single = (
+        [site for site in record.sites if "activation" in site.detail]
+        for record in optimized.report.history[1:]
+    )
+    assert len(grouped) == (len(linears) if width == 48 else 1)
+    assert len(grouped) + len(single) == len(linears)
+
+
+def test_the_rotated_preset_with_gptq_rounds_weights_and_activations_to_four_bits():
+    *_, gptq, rest = presets()["w4a4-rotated-gptq"].build()
+    assert gptq.weights == WeightOptions("int4", "channel", range="output")
+    assert rest.weights is None
+    assert rest.activations == ActivationOptions("int4", "token")
+    rotations = [item for item in presets()["w4a4-rotated"].build() if item.name == "rotate"]
+    assert [
+        item for item in presets()["w4a4-rotated-gptq"].build() if item.name == "rotate"
+    ] == rotations
+    optimized = optimize_zoo(
+        "llama",
+        "w4a4-rotated-gptq",
+        target="reference",
+        calibration=[{"input_ids": torch.randint(99, (4, 9))}],
+    )
+    linears = optimized.program.nodes(aten.linear.default)
+    assert sum(is_stored_weight(node.args[1]) for node in linears) == len(linears) - 1
 
 
 def test_nf4_is_in_groups_of_64_and_the_rest_in_int8():

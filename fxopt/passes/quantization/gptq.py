@@ -178,8 +178,14 @@ class _Rounding:
         return total / max(1, sum(len(part) for part in rows))
 
     def _note(self, path: str, rows: list[Tensor], h: Hessian) -> None:
-        tokens, inputs = sum(len(part) for part in rows), len(h.order)
-        if tokens < inputs:
+        # An expert is shown zeros in place of the tokens that are routed elsewhere.
+        tokens, inputs = sum(int(part.any(1).sum()) for part in rows), len(h.order)
+        if not tokens:
+            self.notes.append(
+                f"{path} was given only zeros by the calibration data: its weight is rounded to "
+                "nearest; data that uses this part of the model would help"
+            )
+        elif tokens < inputs:
             self.notes.append(
                 f"{path} has {inputs} inputs and was shown {tokens} tokens: damping decides the "
                 "rest; more calibration data would help"

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.analysis.calibration import Sample
 from fxopt.analysis.lockstep import Instead, Lockstep
 from fxopt.analysis.output_error import OutputError
+from fxopt.analysis.samples import Sample
 from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register

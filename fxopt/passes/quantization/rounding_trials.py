@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.analysis.calibration import Sample
 from fxopt.analysis.curvature import eigenvalues, traces
 from fxopt.analysis.lockstep import Instead, Lockstep
 from fxopt.analysis.output_error import OutputError
+from fxopt.analysis.samples import Sample
 from fxopt.errors import CalibrationError
 from fxopt.ir.program import Program
 from fxopt.passes.quantization.activations import round_by_token

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.analysis.calibration import Sample
+from fxopt.analysis.samples import Sample
 from fxopt.ir.program import Program
 from fxopt.passes.base import Pass
 from fxopt.passes.canonicalize.canonicalize import Canonicalize

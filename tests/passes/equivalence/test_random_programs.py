@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fxopt
-from fxopt.analysis.calibration import Sample
+from fxopt.analysis.samples import Sample
 from fxopt.ir.program import PassRecord, Program
 from fxopt.passes.base import Pass
 from fxopt.passes.canonicalize.canonicalize import Canonicalize

@@ -61,7 +61,7 @@ def test_half_makes_both_sides_equally_large():
 
 
 def _samples(program):
-    from fxopt.analysis.calibration import Sample
+    from fxopt.analysis.samples import Sample
 
     return [Sample(values) for values in program.examples[:2]]
 

@@ -118,7 +118,7 @@ def test_an_accuracy_is_met_by_the_stored_program_and_stricter_costs_more(limit)
 
 
 def decoder(name: str = "llama") -> tuple[Program, list]:
-    from fxopt.analysis.calibration import Sample
+    from fxopt.analysis.samples import Sample
 
     program = canonical_program(name)
     return program, [Sample(inputs, None) for inputs in program.examples[:2]]

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxopt.analysis.calibration import Sample, collect, linear_inputs
+from fxopt.analysis.calibration import collect, linear_inputs
 from fxopt.analysis.execution import run
+from fxopt.analysis.samples import Sample
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Program, module_path
 from fxopt.ir.stored_codes import stored_values

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxopt.analysis.calibration import Sample
 from fxopt.analysis.lockstep import Lockstep
+from fxopt.analysis.samples import Sample
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, module_path
 from fxopt.ir.stored_codes import is_stored_weight, stored_values
@@ -225,6 +225,25 @@ def test_few_tokens_are_noted():
     program = canonical_program("bert")
     after = apply(program, samples_of(program, 1), weights=INT4)
     assert any("damping decides the rest" in note for note in after.history[-1].notes)
+
+
+def test_a_linear_that_was_given_only_zeros_is_rounded_to_nearest_and_named():
+    """An expert that no token was sent to runs on zeros."""
+
+    class Gated(Wide):
+        def forward(self, x):
+            return self.first(x) + self.second(torch.where(x > 1e3, x, 0.0))
+
+    program = captured(Gated(), torch.randn(2, 3, 8))
+    options = WeightOptions("int4")
+    after = apply(program, [Sample([torch.randn(2, 30, 8)])], weights=options)
+    (note,) = after.history[-1].notes
+    assert note.startswith("second was given only zeros")
+    _, second = after.nodes(aten.linear.default)
+    weight = program.weight("second.weight")
+    assert torch.equal(
+        stored_values(after, second.args[1]), choose_grid(weight, options).round(weight)
+    )
 
 
 def test_data_that_is_not_finite_leaves_the_program_as_it_was():

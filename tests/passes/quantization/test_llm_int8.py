@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxopt.analysis.calibration import Sample
 from fxopt.analysis.execution import run
+from fxopt.analysis.samples import Sample
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program
 from fxopt.ir.stored_codes import stored_values

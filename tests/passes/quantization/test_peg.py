@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxopt.analysis.calibration import Sample
 from fxopt.analysis.execution import run_float64
+from fxopt.analysis.samples import Sample
 from fxopt.errors import RecipeError
 from fxopt.ir.program import Program
 from fxopt.passes.quantization.peg import Peg

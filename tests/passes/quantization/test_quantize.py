@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 import fxopt
-from fxopt.analysis.calibration import Sample, collect, linear_inputs, real_rows
+from fxopt.analysis.calibration import collect, linear_inputs
+from fxopt.analysis.samples import Sample, real_rows
 from fxopt.capture import capture_program
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, module_path
