@@ -72,7 +72,8 @@ def test_zeroquant_leaves_no_linear_in_floating_point(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("kv8", "int8"), ("kv8-fp8", "fp8_e4m3"), ("kivi4", "int4"), ("kivi2", "int2")]
+    ("name", "dtype"),
+    [("kv8", "int8"), ("kv8-fp8", "fp8_e4m3"), ("kivi4", "int4"), ("kivi2", "int2")],
 )
 def test_cache_presets_leave_the_weights_alone(name, dtype):
     _, quantize_cache = presets()[name].build()

@@ -18,7 +18,7 @@ from torch import Tensor
 from fxopt.analysis.relations import Kind
 from fxopt.analysis.symmetry import Edit, Symmetry, symmetries
 from fxopt.errors import RecipeError
-from fxopt.ir.program import Level, Program
+from fxopt.ir.program import Level, Program, Site
 from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
 from fxopt.passes.equivalence.changes import Changes
 
@@ -52,7 +52,7 @@ class Equalize(Pass):
         for symmetry in found:
             if len({edit.inverse for edit in symmetry.weights}) < 2:
                 changes.refuse(_names(symmetry), _ONE_SIDE)
-        total: dict[int, Tensor] = {}
+        sites: dict[int, Site] = {}  # an axis that changes in several iterations is one site
         for iteration in range(self.iterations):
             moved = 0.0
             for index, symmetry in enumerate(found):
@@ -60,12 +60,12 @@ class Equalize(Pass):
                 change = float(factor.log().abs().max())
                 if change > self.tolerance:
                     changes.apply(symmetry, factor, "ranges equalized")
-                    total[index] = total.get(index, torch.ones_like(factor)) * factor
+                    sites.setdefault(index, changes.sites[-1])
                 moved = max(moved, change)
             context.progress(f"iteration {iteration + 1}: largest change {moved:.2g}")
             if moved <= self.tolerance:
                 break
-        changes.sites = list({site.path + site.detail: site for site in changes.sites}.values())
+        changes.sites = list(sites.values())
         return changes.result(found.refusals)
 
 

@@ -21,6 +21,14 @@ def test_both_sides_of_every_axis_reach_equally_far(model):
         assert float(_factors(after, symmetry).log().abs().max()) < 0.01
 
 
+@pytest.mark.parametrize("model", ["llama", "gptneox"])
+def test_every_axis_is_one_site_of_the_report(model):
+    """GPT-NeoX rotates some channels of a head: its two axes hold the same tensors."""
+    before = canonical(model)
+    result = Equalize().run(before.clone(), Context())
+    assert len(result.sites) == len(symmetries(before, Kind.SCALE).found)
+
+
 def test_equalizing_twice_is_equalizing_once():
     idempotent(run(canonical("llama"), Equalize(iterations=40)), Equalize(tolerance=2e-3))
 
