@@ -115,6 +115,9 @@ RECIPES: dict[str, list[Any]] = {
     "int4 groups of 64, gptq, mse range": gptq({**GROUP, "range": "mse"}),
     "int4 groups of 64, gptq, output range": gptq({**GROUP, "range": "output"}),
     "int4 groups of 64 asymmetric, gptq": gptq({**GROUP, "symmetric": False}),
+    "int4 groups of 64 asymmetric, gptq, output range": gptq(
+        {**GROUP, "symmetric": False, "range": "output"}
+    ),
     "int4, 8 groups per head": rounded(PER_HEAD),
     "int4, 8 groups per head, gptq": gptq(PER_HEAD),
     "nf4 groups of 64": rounded(weights("nf4", 64)),
