@@ -60,12 +60,13 @@ class Rotate(Pass):
         found = symmetries(program, Kind.ROTATE)
         wanted = {"residual": self.residual, "value": self.values}
         rotated: set[tuple[str, int]] = set()
-        for number, symmetry in enumerate(found):
-            if wanted.get(symmetry.role, False):
-                context.progress(symmetry.path)
-                detail = f"{ROLES[symmetry.role]}, {symmetry.blocks} x {symmetry.size}"
-                changes.apply(symmetry, _matrices(symmetry, self.seed + number), detail)
-                rotated |= {(edit.name, edit.axes[0]) for edit in symmetry.weights}
+        # Numbered among themselves: an axis that is not rotated changes no other's signs.
+        chosen = [symmetry for symmetry in found if wanted.get(symmetry.role, False)]
+        for number, symmetry in enumerate(chosen):
+            context.progress(symmetry.path)
+            detail = f"{ROLES[symmetry.role]}, {symmetry.blocks} x {symmetry.size}"
+            changes.apply(symmetry, _matrices(symmetry, self.seed + number), detail)
+            rotated |= {(edit.name, edit.axes[0]) for edit in symmetry.weights}
         if self.online:
             rotate_remaining(program, changes, rotated, self.name)
         if self.keys:
