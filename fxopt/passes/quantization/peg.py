@@ -4,11 +4,13 @@
 
 Shapes: x [..., d], over all calibration tokens; r and pi [d]; W [out, d]. K groups of d / K
     channels that follow each other then differ little in range, and `quantize` with granularity
-    "embedding_group" gives each one (scale, zero point).
+    "embedding_group" gives each one (scale, zero point). With `symmetric`, as that will round,
+    r_j = 2 max |x_j|.
 Exactness: equal over the reals; every number keeps its value. The order is folded into what writes
     a feed-forward's hidden axis; elsewhere x is gathered in front of its linears, whose columns are
     permuted once. Deviations: every linear's input is sorted, not those of the FFN alone; the
-    range holds zero, as that of a scale does.
+    range holds zero, as that of a scale does; channels that reach far up and far down are parted
+    (see channel_groups), which only asymmetric ranges gain by.
 Source: Bondarenko et al., Understanding and Overcoming the Challenges of Efficient Transformer
     Quantization, EMNLP 2021, arXiv:2109.12948.
 """
@@ -27,10 +29,11 @@ from fxopt.ir.program import Level, Program, Site, module_path
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
 from fxopt.passes.equivalence.changes import Changes
 from fxopt.passes.equivalence.readers import Reader, read_elsewhere, readers
+from fxopt.passes.quantization.channel_groups import exchanged, group_ranges, sorted_by_range
 from fxopt.rewrite.builder import Builder
 
 aten = torch.ops.aten
-# Groups whose ranges together are this close to those of sorted channels stay as they are.
+# Groups whose ranges are together this close to those that were found stay as they are.
 _NEAR = 1.001
 
 
@@ -41,6 +44,7 @@ class Peg(Pass):
 
     groups: int = 6
     fold: bool = True
+    symmetric: bool = True
 
     exactness = Exactness.EQUIVALENT
     input_level = Level.CANONICAL
@@ -64,15 +68,16 @@ class Peg(Pass):
         changes = Changes(program)
         found = symmetries(program, Kind.PERMUTE)
         for reader in readers(program):
-            ranges = _ranges(reader, context)
-            if len(ranges) % self.groups:
-                reason = f"{self.groups} groups do not divide its {len(ranges)} inputs"
+            low, high = self._ends(reader, context)
+            if len(low) % self.groups:
+                reason = f"{self.groups} groups do not divide its {len(low)} inputs"
                 changes.refuse(reader.path, reason)
                 continue
-            order = ranges.argsort(stable=True)
-            share = self._cost(ranges[order]) / max(self._cost(ranges), 1e-30)
-            if self._cost(ranges) <= _NEAR * self._cost(ranges[order]):
+            order = exchanged(low, high, sorted_by_range(low, high), self.groups)
+            before, after = self._cost(low, high), self._cost(low[order], high[order])
+            if before <= _NEAR * after:
                 continue
+            share = after / before
             context.progress(reader.path)
             gain = f"group ranges {share:.2f}x"
             symmetry = _own_symmetry(reader, found, len(order)) if self.fold else None
@@ -84,20 +89,22 @@ class Peg(Pass):
                 _gather(program, changes, reader, order, f"{gain}; not folded: {why}")
         return changes.result()
 
-    def _cost(self, ranges: Tensor) -> float:
-        """The ranges of the groups together; a step of each is in proportion to its range."""
-        return float(ranges.reshape(self.groups, -1).amax(1).sum())
+    def _cost(self, low: Tensor, high: Tensor) -> float:
+        """The root mean square of the groups' ranges; the error of rounding is in proportion."""
+        return float(group_ranges(low, high, self.groups).square().mean().sqrt())
 
-
-def _ranges(reader: Reader, context: Context) -> Tensor:
-    name = reader.source.name
-    if name not in context.statistics["minimum"]:
-        raise CalibrationError(
-            f"the input of {reader.path} was never reached by the calibration data. Pass "
-            "calibration data that uses this part of the model."
-        )
-    low, high = context.statistics["minimum"][name], context.statistics["maximum"][name]
-    return high.clamp(min=0).double() - low.clamp(max=0).double()
+    def _ends(self, reader: Reader, context: Context) -> tuple[Tensor, Tensor]:
+        """What the range of each channel must reach, low <= 0 <= high."""
+        name = reader.source.name
+        if name not in context.statistics["minimum"]:
+            raise CalibrationError(
+                f"the input of {reader.path} was never reached by the calibration data. Pass "
+                "calibration data that uses this part of the model."
+            )
+        low = context.statistics["minimum"][name].double().clamp(max=0)
+        high = context.statistics["maximum"][name].double().clamp(min=0)
+        reach = torch.maximum(-low, high)
+        return (-reach, reach) if self.symmetric else (low, high)
 
 
 def _own_symmetry(reader: Reader, found: Symmetries, width: int) -> Symmetry | None:
