@@ -51,6 +51,7 @@ class Row:
 
 # 0.05 is gptqmodel's damping, 0.01 llm-compressor's and ours.
 DAMPED = {"damping": 0.05}
+BY_OUTPUT = {"range": "output"}
 ROWS = {
     "int4 groups of 64": Row(GROUP),
     "int4 groups of 64, damping 0.05": Row(GROUP, options=DAMPED, ours_alone=True),
@@ -59,6 +60,11 @@ ROWS = {
     "int4 per channel, other texts": Row(CHANNEL, first=64),
     "int4 groups of 64, mse range": Row({**GROUP, "range": "mse"}, ours_alone=True),
     "int4 per channel, mse range": Row({**CHANNEL, "range": "mse"}, ours_alone=True),
+    "int4 groups of 64, output range": Row({**GROUP, **BY_OUTPUT}, ours_alone=True),
+    "int4 per channel, output range": Row({**CHANNEL, **BY_OUTPUT}, ours_alone=True),
+    "int4 per channel, other texts, output range": Row(
+        {**CHANNEL, **BY_OUTPUT}, first=64, ours_alone=True
+    ),
 }
 
 
