@@ -120,6 +120,9 @@ RECIPES: dict[str, list[Any]] = {
     "int4 per channel, gptq, without act-order": gptq(CHANNEL, act_order=False),
     "int4 per channel, gptq, bias correction": gptq(CHANNEL, bias_correction=True),
     "int4 per channel, gptq, output range": gptq({**CHANNEL, "range": "output"}),
+    "int4 per channel, gptq, output range, not true-sequential": gptq(
+        {**CHANNEL, "range": "output"}, true_sequential=False
+    ),
     "int4 groups of 64, to nearest": rounded(GROUP),
     "int4 groups of 64, mse range": rounded(GROUP, "mse"),
     "int4 groups of 64, awq": awq(GROUP),

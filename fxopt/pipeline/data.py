@@ -96,14 +96,18 @@ def _longest(signature: Signature, max_length: int) -> int:
 
 
 def _sample(signature: Signature, entry: Any) -> Sample:
-    if signature.input_structure["items"][1]["items"] and isinstance(entry, Mapping):
-        return Sample(keyword_inputs(signature, entry), *token_masks(signature, entry))
+    tensors = _flat(signature, entry)
+    return Sample(tensors, *token_masks(signature, tensors))
+
+
+def _flat(signature: Signature, entry: Any) -> list[Tensor]:
+    by_keyword = bool(signature.input_structure["items"][1]["items"])
     args, kwargs = ((), entry) if isinstance(entry, Mapping) else (_as_tuple(entry), {})
-    if signature.cache is not None or signature.defaults:
-        return Sample(keyword_inputs(signature, kwargs, args))
+    if (by_keyword and not args) or signature.cache is not None or signature.defaults:
+        return keyword_inputs(signature, kwargs, args)
     tensors = bind_structured(signature, args, kwargs)
     signature.check(tensors)
-    return Sample(tensors)
+    return tensors
 
 
 def _as_tuple(entry: Any) -> tuple[Any, ...]:
@@ -111,21 +115,24 @@ def _as_tuple(entry: Any) -> tuple[Any, ...]:
 
 
 def token_masks(
-    signature: Signature, entry: Mapping[str, Any]
+    signature: Signature, tensors: Sequence[Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Which tokens are real, and which of a decoder's, from the entry's attention masks."""
+    """Which tokens are real, and which of a decoder's, from the masks among the inputs."""
+    named = {spec.name: value for spec, value in zip(signature.inputs, tensors, strict=True)}
     tokens, decoder_tokens = (
-        mask.bool() if isinstance(mask := entry.get(name), Tensor) and mask.dim() == 2 else None
-        for name in ("attention_mask", "decoder_attention_mask")
+        _as_tokens(named.get(name)) for name in ("attention_mask", "decoder_attention_mask")
     )
-    if _reads_twice(signature, entry) and decoder_tokens is None:
+    if "input_ids" in named and named.get("decoder_input_ids") is named["input_ids"]:
+        # A decoder that is shown the encoder's tokens was given no mask of its own.
         decoder_tokens = tokens
     return tokens, decoder_tokens
 
 
-def _reads_twice(signature: Signature, entry: Mapping[str, Any]) -> bool:
-    """Whether a decoder is shown the encoder's tokens, because the entry has none for it."""
-    return bool(signature.step_inputs) and "decoder_input_ids" not in entry and "input_ids" in entry
+def _as_tokens(mask: Tensor | None) -> Tensor | None:
+    """A mask [B, S] of real tokens; floating ones with negative numbers are added to scores."""
+    if mask is None or mask.dim() != 2 or (mask.is_floating_point() and bool((mask < 0).any())):
+        return None
+    return mask.bool()
 
 
 def keyword_inputs(
@@ -135,7 +142,7 @@ def keyword_inputs(
     bound = bind_keywords(signature, args, entry)
     count = signature.cache.count if signature.cache else 0
     specs = signature.inputs[: len(signature.inputs) - count]
-    if _reads_twice(signature, bound):
+    if signature.step_inputs and "decoder_input_ids" not in bound and "input_ids" in bound:
         bound["decoder_input_ids"] = bound["input_ids"]
     fill_defaults(signature, specs, bound, 0)
     tensors = [bound[spec.name] for spec in specs]

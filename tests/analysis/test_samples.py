@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import transformers as hf
 
+import fxopt
 from fxopt.analysis.calibration import collect, linear_inputs
 from fxopt.analysis.execution import run
 from fxopt.analysis.lockstep import Lockstep
@@ -86,6 +88,38 @@ def test_a_decoder_that_is_shown_the_encoders_tokens_has_its_padding():
     entry = batch(6, 6)
     sample = one_sample(program, {k: entry[k] for k in ("input_ids", "attention_mask")})
     assert torch.equal(sample.decoder_tokens, entry["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("captured_as", ["keywords", "positions"])
+@pytest.mark.parametrize("shown_as", ["keywords", "positions"])
+def test_padding_is_known_however_the_inputs_are_passed(captured_as, shown_as):
+    def passed(how: str, entry: dict[str, torch.Tensor]):
+        return entry if how == "keywords" else tuple(entry.values())
+
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=99,
+    )
+    model = hf.BertModel(config).eval()
+    names = ("input_ids", "attention_mask")
+    example, shown = ({name: batch(n, 3)[name] for name in names} for n in (6, 8))
+    program = fxopt.capture(model, passed(captured_as, example))
+    sample = one_sample(program, passed(shown_as, shown))
+    assert torch.equal(sample.tokens, shown["attention_mask"].bool())
+
+
+def test_masks_that_are_added_to_scores_say_nothing_of_tokens():
+    class Biased(torch.nn.Module):
+        def forward(self, x, attention_mask):
+            return torch.softmax(x + attention_mask, -1)
+
+    mask = torch.zeros(4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf)
+    program = fxopt.capture(Biased().eval(), (torch.randn(4, 4), mask))
+    assert one_sample(program, (torch.randn(4, 4), mask)).tokens is None
 
 
 def test_a_decoder_alone_is_no_decoder_beside_an_encoder():

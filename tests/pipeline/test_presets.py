@@ -132,6 +132,20 @@ def test_presets_of_methods_store_every_linear_and_the_embeddings(name, passes):
         assert all(is_stored_weight(node.args[place]) for node in found)
 
 
+@pytest.mark.parametrize("width", [32, 48])
+def test_static_peg_stores_a_tied_table_once(width):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 96, "num_attention_heads": 4}
+    config = hf.LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=99, tie_word_embeddings=True)
+    data = [{"input_ids": torch.randint(99, (4, 9))} for _ in range(4)]
+    model = hf.LlamaForCausalLM(config).eval()
+    program = fxopt.optimize(
+        model, "w8a8-static-peg", calibration=data, target="reference", progress=False
+    ).program
+    tables = [name for name, value in program.weights().items() if list(value.shape) == [99, width]]
+    assert len(tables) == 1
+
+
 def test_groups_of_peg_are_those_that_quantize_gives_a_scale():
     peg, quantize, rest = presets()["w8a8-static-peg"].build()[1:]
     assert rest.activations == ActivationOptions(granularity="tensor", symmetric=False)

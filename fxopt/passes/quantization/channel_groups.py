@@ -4,7 +4,8 @@
 
 A step of rounding is in proportion to the range, and the squared error to its square. Channels
 sorted by range put those that reach far up and those that reach far down into one group, which then
-is twice as wide as either. Exchanging channels of two groups while the sum falls parts them.
+is twice as wide as either; sorted by the middle of their range they are apart. From either order
+channels of two groups are exchanged while the sum falls.
 
 Shapes: low <= 0 <= high [d]; K groups of d / K.
 """
@@ -28,9 +29,16 @@ def group_ranges(low: Tensor, high: Tensor, groups: int) -> Tensor:
     return high.reshape(groups, -1).amax(1) - low.reshape(groups, -1).amin(1)
 
 
-def sorted_by_range(low: Tensor, high: Tensor) -> Tensor:
-    """The order of channels in which their ranges grow, [d]."""
-    return (high - low).argsort(stable=True)
+def least_ranges(low: Tensor, high: Tensor, groups: int) -> Tensor:
+    """The order of channels [d] whose groups have the smallest ranges that were found.
+
+    Exchanges stop at a local minimum, so they start twice: from channels sorted by range, and by
+    where the middle of their range lies. Ranges as far up as down are best sorted as they are.
+    """
+    starts = [(high - low).argsort(stable=True), (high + low).argsort(stable=True)]
+    orders = [exchanged(low, high, start, groups) for start in starts]
+    first, second = (float(group_ranges(low[o], high[o], groups).square().sum()) for o in orders)
+    return orders[second < (1 - _LEAST_GAIN) * first]
 
 
 def exchanged(low: Tensor, high: Tensor, order: Tensor, groups: int) -> Tensor:

@@ -38,7 +38,8 @@ def hessian(rows: Sequence[Tensor], damping: float, act_order: bool) -> Hessian:
     """The Hessian of the squared output error of a linear on rows [n, in].
 
     Raises:
-        CalibrationError: there are no rows, or no damping makes it positive definite.
+        CalibrationError: there are no rows, their squares overflow, or no damping makes it positive
+            definite.
     """
     if not sum(len(part) for part in rows):
         raise CalibrationError("it was never reached by the calibration data.")
@@ -46,6 +47,12 @@ def hessian(rows: Sequence[Tensor], damping: float, act_order: bool) -> Hessian:
     for part in rows:
         wide = part.float()
         moments += (wide.T @ wide).double()
+    if not bool(torch.isfinite(moments).all()):
+        largest = max(float(part.abs().max()) for part in rows if len(part))
+        raise CalibrationError(
+            f"its input reaches {largest:.3g}, whose square is more than float32 holds. Check the "
+            "data and the model's dtype."
+        )
     energy = moments.diagonal()
     moments.diagonal()[energy == 0] = float(energy.mean()) or 1.0
     order = energy.argsort(descending=True, stable=True) if act_order else torch.arange(len(energy))

@@ -3,6 +3,8 @@
     minimize || X W^T - X Q^T ||^2 over Q on the grid, column by column (see compensation)
 
 Shapes: X [tokens, in] of the calibration data; W and Q [out, in].
+    With `range: output` the grid of a block is that of the least error in the output when its
+    weights are rounded to nearest, found before or, without static groups, as columns reach it.
 Exactness: approximate; on the calibration data no output errs more than with its row rounded to
     nearest. X is what the already rounded linears before it give (`true_sequential`), or what the
     original model gives. The model runs over the data once, node by node, and holds one Hessian.
@@ -100,7 +102,8 @@ class _Rounding:
         self.refusals: list[Refusal] = []
         self.notes: list[str] = []
         self.done: dict[str, StoredWeight] = {}
-        self.latest: tuple[Node, Hessian] | None = None  # linears that share an input follow
+        # Linears that share an input follow each other: it, its Hessian, tokens that are not zero.
+        self.latest: tuple[Node, Hessian, int] | None = None
 
     def visit(self, node: Node) -> None:
         """Round a linear before it is computed, or (not true_sequential) after."""
@@ -166,9 +169,11 @@ class _Rounding:
         if self.latest is None or self.latest[0] is not source:
             rows = self.lockstep.rows(source)
             h = hessian(rows, self.settings.damping, self.settings.act_order)
-            self._note(module_path(node) or node.name, rows, h)
-            self.latest = source, h
-        return self.latest[1]
+            # An expert is shown zeros in place of the tokens that are routed elsewhere.
+            self.latest = source, h, sum(int(part.any(1).sum()) for part in rows)
+        _, h, tokens = self.latest
+        self._note(module_path(node) or node.name, tokens, h)
+        return h
 
     def _mean(self, node: Node) -> Tensor:
         source = node.args[0]
@@ -177,13 +182,12 @@ class _Rounding:
         total = torch.stack([part.sum(0, dtype=torch.float64) for part in rows]).sum(0)
         return total / max(1, sum(len(part) for part in rows))
 
-    def _note(self, path: str, rows: list[Tensor], h: Hessian) -> None:
-        # An expert is shown zeros in place of the tokens that are routed elsewhere.
-        tokens, inputs = sum(int(part.any(1).sum()) for part in rows), len(h.order)
+    def _note(self, path: str, tokens: int, h: Hessian) -> None:
+        inputs = len(h.order)
         if not tokens:
             self.notes.append(
-                f"{path} was given only zeros by the calibration data: its weight is rounded to "
-                "nearest; data that uses this part of the model would help"
+                f"{path} was given only zeros by the calibration data: its weight is rounded as "
+                "if all inputs were alike; data that uses this part of the model would help"
             )
         elif tokens < inputs:
             self.notes.append(

@@ -9,8 +9,9 @@ Shapes: x [..., d], over all calibration tokens; r and pi [d]; W [out, d]. K gro
 Exactness: equal over the reals; every number keeps its value. The order is folded into what writes
     a feed-forward's hidden axis; elsewhere x is gathered in front of its linears, whose columns are
     permuted once. Deviations: every linear's input is sorted, not those of the FFN alone; the
-    range holds zero, as that of a scale does; channels that reach far up and far down are parted
-    (see channel_groups), which only asymmetric ranges gain by.
+    range holds zero, as that of a scale does; channels that reach far up and far down are put
+    into different groups where that makes the ranges smaller (see channel_groups), which only
+    asymmetric grids gain by.
 Source: Bondarenko et al., Understanding and Overcoming the Challenges of Efficient Transformer
     Quantization, EMNLP 2021, arXiv:2109.12948.
 """
@@ -29,7 +30,7 @@ from fxopt.ir.program import Level, Program, Site, module_path
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
 from fxopt.passes.equivalence.changes import Changes
 from fxopt.passes.equivalence.readers import Reader, read_elsewhere, readers
-from fxopt.passes.quantization.channel_groups import exchanged, group_ranges, sorted_by_range
+from fxopt.passes.quantization.channel_groups import group_ranges, least_ranges
 from fxopt.rewrite.builder import Builder
 
 aten = torch.ops.aten
@@ -73,7 +74,7 @@ class Peg(Pass):
                 reason = f"{self.groups} groups do not divide its {len(low)} inputs"
                 changes.refuse(reader.path, reason)
                 continue
-            order = exchanged(low, high, sorted_by_range(low, high), self.groups)
+            order = least_ranges(low, high, self.groups)
             before, after = self._cost(low, high), self._cost(low[order], high[order])
             if before <= _NEAR * after:
                 continue

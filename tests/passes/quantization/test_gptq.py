@@ -227,23 +227,33 @@ def test_few_tokens_are_noted():
     assert any("damping decides the rest" in note for note in after.history[-1].notes)
 
 
-def test_a_linear_that_was_given_only_zeros_is_rounded_to_nearest_and_named():
+def test_every_linear_that_was_given_only_zeros_is_named():
     """An expert that no token was sent to runs on zeros."""
 
-    class Gated(Wide):
-        def forward(self, x):
-            return self.first(x) + self.second(torch.where(x > 1e3, x, 0.0))
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.other = (nn.Linear(8, 8) for _ in range(3))
 
-    program = captured(Gated(), torch.randn(2, 3, 8))
+        def forward(self, x):
+            routed = torch.where(x > 1e3, x, 0.0)
+            return torch.sigmoid(self.gate(routed)) * self.up(routed) + self.other(x)
+
+    program = captured(Expert(), torch.randn(2, 3, 8))
     options = WeightOptions("int4")
     after = apply(program, [Sample([torch.randn(2, 30, 8)])], weights=options)
-    (note,) = after.history[-1].notes
-    assert note.startswith("second was given only zeros")
-    _, second = after.nodes(aten.linear.default)
-    weight = program.weight("second.weight")
-    assert torch.equal(
-        stored_values(after, second.args[1]), choose_grid(weight, options).round(weight)
-    )
+    notes = [note.partition(" was given only zeros") for note in after.history[-1].notes]
+    assert [(path, bool(said)) for path, said, _ in notes] == [("gate", True), ("up", True)]
+    for node in after.nodes(aten.linear.default)[:2]:
+        weight = program.weight(f"{module_path(node)}.weight")
+        nearest = choose_grid(weight, options).round(weight)
+        assert torch.equal(stored_values(after, node.args[1]), nearest)
+
+
+def test_inputs_whose_squares_overflow_are_named():
+    program = captured(Wide(), torch.randn(2, 3, 8))
+    with pytest.raises(CalibrationError, match=r"its input reaches 1e\+20, whose square"):
+        apply(program, [Sample([torch.full((2, 3, 8), 1e20)])], weights=WeightOptions("int4"))
 
 
 def test_data_that_is_not_finite_leaves_the_program_as_it_was():
