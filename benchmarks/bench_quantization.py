@@ -136,6 +136,7 @@ RECIPES: dict[str, list[Any]] = {
     ),
     "int4, 8 groups per head": rounded(PER_HEAD),
     "int4, 8 groups per head, gptq": gptq(PER_HEAD),
+    "int4, 8 groups per head, gptq, output range": gptq({**PER_HEAD, "range": "output"}),
     "nf4 groups of 64": rounded(weights("nf4", 64)),
     "gobo, 4 bits": [{"gobo": {"bits": 4, **HEAD}}],
     "gobo, 3 bits": [{"gobo": {"bits": 3, **HEAD}}],
