@@ -85,7 +85,11 @@ FOLDED = (FoldNorm(),)
 EVERY_PASS = [
     ((Untie(),), [], ""),
     ((FoldNorm(),), ["norm", "last_norm"], "no linear reads it: q_norm.weight would take it up"),
-    ((Equalize(),), ["norm", "q_norm", "v", "last_norm"], "a norm measures all of it together"),
+    (
+        (Equalize(),),
+        ["norm", "q_norm", "q_norm", "v", "last_norm"],
+        "a norm measures all of it together",
+    ),
     ((AwqScale(ratio=0.5),), ["norm", "v", "last_norm"], ""),
     ((SmoothQuant(),), ["last_norm", "v", "norm"], ""),
     ((PermuteFfn(by="random"),), [], ""),
