@@ -167,7 +167,10 @@ def _cross_entropy(
 def _token_ids(program: Program, output: int) -> int | None:
     """The input of the output's length that indexes a table with a row for each class."""
     (results,) = program.graph.output_node().args
-    length, classes = hints(shape_of(results[output])[-2:])  # type: ignore[index]
+    ends = hints(shape_of(results[output])[-2:])  # type: ignore[index]
+    if len(ends) < 2:
+        return None  # a score for each row: nothing is predicted token by token
+    length, classes = ends
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
     for node in program.nodes(aten.embedding.default):
         table, ids = node.args[:2]
