@@ -25,6 +25,7 @@ from fxopt.ir.program import Program
 from fxopt.ir.runner import Runner
 from fxopt.ir.signature import Signature
 from fxopt.pipeline.data import keyword_inputs
+from fxopt.pipeline.lazy_samples import LazySamples
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.recipe import Recipe
 from fxopt.pipeline.verify import Verifier
@@ -39,6 +40,7 @@ CACHES: dict[str, dict[str, Any] | None] = {
     "float32": None,
     "int8": {"dtype": "int8"},
     "fp8": {"dtype": "fp8_e4m3"},
+    "fp8, keys centred": {"dtype": "fp8_e4m3"},
     "int4": {"dtype": "int4"},
     "int2": {"dtype": "int2"},
     "int8, fp16 scales": {"dtype": "int8", "scales": "float16"},
@@ -53,12 +55,16 @@ def canonical(model: Any) -> Program:
     return manager.run(fxopt.capture(model), Recipe.resolve(["canonicalize"]).build())
 
 
-def with_cache(program: Program, options: dict[str, Any] | None) -> Program:
-    """The program with its cache held so; None leaves it in floating point."""
+def with_cache(program: Program, name: str, tokenizer: Any) -> Program:
+    """The program with its cache held as one of `CACHES`."""
+    options = CACHES[name]
     if options is None:
         return program
-    passes = Recipe.resolve(["canonicalize", {"quantize-cache": options}]).build()[1:]
-    return Manager(Verifier([], mode="off")).run(program, passes)
+    centred = ["centre-keys"] if "centred" in name else []
+    recipe = Recipe.resolve(["canonicalize", *centred, {"quantize-cache": options}])
+    samples = LazySamples(program, recipe, None, tokenizer)
+    manager = Manager(Verifier([], mode="off"), samples=samples)
+    return manager.run(program, recipe.build()[1:])
 
 
 class Reader:
@@ -205,11 +211,11 @@ def main() -> None:
     for name, asked in CACHES.items():
         needed = asked is None and name not in results
         if needed or options.only is None or options.only in name:
-            results[name] = measure(with_cache(program, asked), windows)
+            results[name] = measure(with_cache(program, name, tokenizer), windows)
             console.print(" | ".join(row(name, results[name], results["float32"])))
             if options.write:
                 write(results)
-    programs = {name: with_cache(program, CACHES[name]) for name in results}
+    programs = {name: with_cache(program, name, tokenizer) for name in results}
     for name, milliseconds in decode_times(programs, windows[:1]).items():
         results[name]["decode_ms"] = milliseconds
     console.print(table(results), markup=False)

@@ -1,8 +1,9 @@
 """Statistics of activations, gathered in one streaming pass over calibration data."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -20,41 +21,109 @@ aten = torch.ops.aten
 
 
 @dataclass
-class Statistics:
-    """What is known so far of each watched tensor, and how many tokens were seen."""
+class _Observed:
+    """What is known so far of one activation, over the real tokens of the batches seen."""
 
-    low: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    high: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    total: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # sum of |x|, float64
-    signed: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # sum of x, float64
-    count: dict[str, int] = field(default_factory=dict[str, int])
-    rows: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
-    batches: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
-    histograms: dict[str, Histogram] = field(default_factory=dict[str, Histogram])
-    tokens: int = 0
+    low: Tensor
+    high: Tensor
+    total: Tensor  # sum of |x|, float64
+    signed: Tensor  # sum of x, float64
+    count: int
+    rows: list[Tensor] = field(default_factory=list[Tensor])
+    batches: list[Tensor] = field(default_factory=list[Tensor])
+    histogram: Histogram | None = None
 
-    def add(self, name: str, rows: Tensor, keep: int, histogram: bool) -> None:
-        """Take in rows [n, channels]; `keep` of them, evenly spaced, are kept as they are."""
+
+class Recorder:
+    """Statistics of some activations, taken in as a run over calibration data computes them.
+
+    The batches may come one after the other, or at each node all of them.
+
+    Args:
+        program: whose activations they are.
+        nodes: which of them, per channel (last axis) and over real tokens only.
+        samples: the data that will come.
+        rows: about how many rows of each are kept as they are, spread evenly over the data.
+        histogram: whether the values of all channels together are counted.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        nodes: Iterable[Node],
+        samples: Sequence[Sample],
+        rows: int = 0,
+        histogram: bool = False,
+    ) -> None:
+        self.wanted = {node.name for node in nodes}
+        self.rows = rows
+        self.histogram = histogram
+        self._keep = -(-rows // max(1, len(samples)))
+        self._real = RealTokens(program)
+        self._observed: dict[str, _Observed] = {}
+
+    def add(self, node: Node, value: object, sample: Sample) -> None:
+        """Take in what a node gives for a sample; nodes that are not wanted are passed over.
+
+        Raises:
+            CalibrationError: it is not finite.
+        """
+        if node.name not in self.wanted or not isinstance(value, Tensor):
+            return
+        rows = self._real.rows(node, value, sample)
+        if rows.numel():
+            self._add(node.name, rows)
+
+    def _add(self, name: str, rows: Tensor) -> None:
         low, high = torch.aminmax(rows.float(), dim=0)
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             raise CalibrationError(
                 f"calibration data drives {name!r} to NaN or infinity. Check the data and "
                 "the model's dtype."
             )
-        known = name in self.low
-        self.low[name] = torch.minimum(self.low[name], low) if known else low
-        self.high[name] = torch.maximum(self.high[name], high) if known else high
-        self.batches.setdefault(name, []).append(torch.stack([low.min(), high.max()]))
-        if histogram:
-            self.histograms.setdefault(name, Histogram()).add(rows)
         total = rows.abs().sum(0, dtype=torch.float64)
-        self.total[name] = self.total[name] + total if known else total
         signed = rows.sum(0, dtype=torch.float64)
-        self.signed[name] = self.signed[name] + signed if known else signed
-        self.count[name] = self.count.get(name, 0) + len(rows)
-        if keep:
-            chosen = torch.linspace(0, len(rows) - 1, min(keep, len(rows))).long()
-            self.rows.setdefault(name, []).append(rows[chosen].float())
+        known = self._observed.get(name)
+        if known is None:
+            known = self._observed[name] = _Observed(low, high, total, signed, len(rows))
+        else:
+            known.low, known.high = torch.minimum(known.low, low), torch.maximum(known.high, high)
+            known.total, known.signed = known.total + total, known.signed + signed
+            known.count += len(rows)
+        known.batches.append(torch.stack([low.min(), high.max()]))
+        if self.histogram:
+            known.histogram = known.histogram or Histogram()
+            known.histogram.add(rows)
+        if self._keep:
+            chosen = torch.linspace(0, len(rows) - 1, min(self._keep, len(rows))).long()
+            known.rows.append(rows[chosen].float())
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was taken in."""
+        return bool(self._observed)
+
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """What was found, by statistic and name of the node; what was never reached is not there.
+
+        "minimum", "maximum", "mean" and "mean_abs" are [channels], "tokens" [] from how many,
+        "batches" [batches, 2] the range of each batch; "rows" [n, channels] and "histogram" are
+        there if they were asked for.
+        """
+        found = self._observed.items()
+        known: dict[str, dict[str, Any]] = {
+            "minimum": {name: seen.low for name, seen in found},
+            "maximum": {name: seen.high for name, seen in found},
+            "mean": {name: seen.signed / seen.count for name, seen in found},
+            "mean_abs": {name: seen.total / seen.count for name, seen in found},
+            "tokens": {name: torch.tensor(seen.count) for name, seen in found},
+            "batches": {name: torch.stack(seen.batches) for name, seen in found},
+        }
+        if self.rows:
+            known["rows"] = {name: torch.cat(seen.rows) for name, seen in found}
+        if self.histogram:
+            known["histogram"] = {name: seen.histogram for name, seen in found}
+        return known
 
 
 def collect(
@@ -64,68 +133,43 @@ def collect(
     progress: Callable[[int], None] = lambda _: None,
     rows: int = 0,
     histogram: bool = False,
-) -> Mapping[str, Mapping[str, Any]]:
-    """Observe the outputs of `nodes` per channel (last axis) over real tokens only.
-
-    Returns:
-        {"minimum", "maximum", "mean", "mean_abs": {node: [channels]}, "rows": {node: [at most about
-        `rows`, channels]}, "tokens": {node: []}, "batches": {node: [batches, 2]}, "histogram":
-        {node: Histogram}}; the rows are spread evenly over the data, "tokens" is from how many the
-        ranges are, "batches" has the range of each batch, and histograms of all channels together
-        are there if they were asked for.
+) -> dict[str, dict[str, Any]]:
+    """Run a program over the data once; the statistics that a `Recorder` of `nodes` finds.
 
     Raises:
         CalibrationError: there was no data, or an activation was not finite.
     """
-    wanted = {node.name for node in nodes}
-    statistics, real = Statistics(), RealTokens(program)
+    recorder = Recorder(program, nodes, samples, rows, histogram)
+    record(program, recorder, samples, progress)
+    return recorder.statistics()
+
+
+def record(
+    program: Program,
+    recorder: Recorder,
+    samples: Sequence[Sample],
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Run a program over the data once while a recorder looks on.
+
+    Raises:
+        CalibrationError: there was no data, or an activation was not finite.
+    """
     for index, sample in enumerate(samples):
-        keep = -(-rows // max(1, len(samples)))
-        _observe(program, wanted, sample, real, statistics, keep, histogram)
+        watch = partial(_show, recorder, sample)
+        with fitting(sample.inputs):
+            run(program, sample.inputs, watch)
         progress(index + 1)
-    if not statistics.tokens:
+    if not any(sample.count for sample in samples):
         raise CalibrationError(
             "a static activation range was asked for and the calibration data is empty. Pass "
             "calibration=[...] with inputs like those of the model, or texts where there is a "
             "tokenizer."
         )
-    mean, mean_abs = (
-        {name: total / statistics.count[name] for name, total in totals.items()}
-        for totals in (statistics.signed, statistics.total)
-    )
-    kept = {name: torch.cat(parts) for name, parts in statistics.rows.items()}
-    return {
-        "minimum": statistics.low,
-        "maximum": statistics.high,
-        "mean": mean,
-        "mean_abs": mean_abs,
-        "rows": kept,
-        "tokens": {name: torch.tensor(count) for name, count in statistics.count.items()},
-        "batches": {name: torch.stack(ranges) for name, ranges in statistics.batches.items()},
-        "histogram": statistics.histograms,
-    }
 
 
-def _observe(
-    program: Program,
-    wanted: set[str],
-    sample: Sample,
-    real: RealTokens,
-    statistics: Statistics,
-    keep: int,
-    histogram: bool,
-) -> None:
-    def watch(node: Node, value: object) -> None:
-        if node.name not in wanted or not isinstance(value, Tensor):
-            return
-        rows = real.rows(node, value, sample)
-        if rows.numel() == 0:
-            return
-        statistics.add(node.name, rows, keep, histogram)
-
-    with fitting(sample.inputs):
-        run(program, sample.inputs, watch)
-    statistics.tokens += sample.count
+def _show(recorder: Recorder, sample: Sample, node: Node, value: object) -> None:
+    recorder.add(node, value, sample)
 
 
 @contextlib.contextmanager

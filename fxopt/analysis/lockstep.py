@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxopt.analysis.calibration import fitting
+from fxopt.analysis.calibration import Recorder, fitting
 from fxopt.analysis.samples import RealTokens, Sample
 from fxopt.errors import CalibrationError
 from fxopt.ir.program import Program
@@ -33,24 +33,48 @@ class Lockstep:
         self.constant: dict[Node, Any] = {}  # what depends on weights alone, until its last use
         self.needed: set[Node] = set()
 
-    @torch.no_grad()
-    def run(self, visit: Callable[[Node], None], looked_at: Iterable[Node] | None = None) -> None:
-        """Call `visit` before each call of the program, then compute it.
+    def run(
+        self,
+        visit: Callable[[Node], None],
+        looked_at: Iterable[Node] | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Call `visit` before each call of the program, then compute it."""
+        for node in self.steps(looked_at, recorder):
+            visit(node)
 
-        Nodes that `visit` puts in front of the one it is given are computed as they are needed.
-        Where `looked_at` says at whose inputs `visit` looks, nothing is computed or held that
-        leads to none of them: logits and caches of all batches may be larger than the model.
+    @torch.no_grad()
+    def steps(
+        self, looked_at: Iterable[Node] | None = None, recorder: Recorder | None = None
+    ) -> Iterator[Node]:
+        """Each call of the program before it is computed.
+
+        Nodes that are then put in front of it are computed as they are needed. Where `looked_at`
+        says at whose inputs the caller looks, nothing is computed or held that leads to none of
+        them: logits and caches of all batches may be larger than the model. A `recorder` is shown
+        what it wants.
         """
         order = list(self.program.graph.nodes)
         readers = set(order) if looked_at is None else set(looked_at)
+        if recorder is not None:
+            readers |= {
+                n for n in order if any(s.name in recorder.wanted for s in n.all_input_nodes)
+            }
         self.needed = _leading_to(order, readers)
         last = _last_uses(order, self.needed | readers)
         self.begin()
         for node in order:
             if node.op == "call_function":
-                visit(node)
+                yield node
                 self.compute(node)
-                self._forget(last.get(node, ()))
+            if recorder is not None:
+                self._show(node, recorder)
+            self._forget(last.get(node, ()))
+
+    def _show(self, node: Node, recorder: Recorder) -> None:
+        for values, sample in zip(self.values, self.samples, strict=True):
+            if node in values:
+                recorder.add(node, values[node], sample)
 
     def rows(self, node: Node) -> list[Tensor]:
         """A node's value in each batch, over real tokens, as rows [n, channels].

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -54,13 +55,30 @@ class RealTokens:
                     self._decoder += [[batch, length], [batch * length]]
 
     def rows(self, node: Node, value: Tensor, sample: Sample) -> Tensor:
-        """What a node gives for a sample as rows [tokens, channels], padding left out."""
+        """What a node gives for a sample as rows [tokens, channels], padding left out.
+
+        Heads [B, H, S, h] that no linear reads are taken as channels [B, S, H h].
+        """
+        if _is_by_head(node):
+            masks = [m for m in (sample.tokens, sample.decoder_tokens) if m is not None]
+            fitting = [m for m in masks if m.shape == (value.shape[0], value.shape[2])]
+            return real_rows(value.transpose(1, 2).flatten(2), fitting[0] if fitting else None)
         return real_rows(value, sample.real(self.of_decoder(node)))
 
     def of_decoder(self, node: Node) -> bool:
         """Whether a node's tokens are those that a decoder reads beside an encoder."""
         shape = hints(shape_of(node))[:-1]
         return any(shape[: len(leading)] == leading for leading in self._decoder)
+
+
+def _is_by_head(node: Node) -> bool:
+    """Whether an activation is [B, H, S, h]: of its inner axes the number of tokens may vary."""
+    shape = shape_of(node)
+    if len(shape) != 4 or type(shape[1]) is not int or type(shape[2]) is int:
+        return False
+    return not any(
+        user.target is torch.ops.aten.linear.default and user.args[0] is node for user in node.users
+    )
 
 
 def real_rows(value: Tensor, tokens: Tensor | None) -> Tensor:

@@ -83,7 +83,8 @@ class PassRecord:
     """What one pass did: kept in `Program.history` and stored with the model.
 
     `beyond_weights` says what it did that other values of the model's own weights cannot
-    express; it is empty for a pass that only changed such values.
+    express; it is empty for a pass that only changed such values. `calibration` says how it came
+    by what it needed of calibration data: "read" for it, "carried over" from an earlier pass.
     """
 
     name: str
@@ -98,6 +99,7 @@ class PassRecord:
     notes: tuple[str, ...] = ()
     beyond_weights: str = ""
     tables: tuple[Table, ...] = ()
+    calibration: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
@@ -114,6 +116,7 @@ class PassRecord:
             "notes": list(self.notes),
             "beyond_weights": self.beyond_weights,
             "tables": [table.to_dict() for table in self.tables],
+            "calibration": self.calibration,
         }
 
     @staticmethod

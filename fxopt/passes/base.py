@@ -9,6 +9,8 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 from torch.fx import Node
 
+from fxopt.analysis.calibration import Recorder
+from fxopt.analysis.carrying import ChannelChange
 from fxopt.analysis.samples import Sample
 from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, Table
@@ -38,6 +40,9 @@ class PassResult:
     # How many old tokens a call must read before it shows what the pass did; 0: none.
     past: int = 0
     tables: tuple[Table, ...] = ()
+    # How what linears read has changed, by name of the node; what is not named kept its values, up
+    # to rounding. None: not known, and statistics for later passes are gathered anew.
+    activations: Mapping[str, ChannelChange] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class Context:
     )
     samples: Sequence[Sample] = ()
     progress: Callable[[str], None] = lambda _: None
+    # Statistics that later passes need, for a pass that runs the program over all samples.
+    recorder: Recorder | None = None
     # One call of a program, lowered as it will be, at (batch, length): for who wants to time it.
     lowered_call: LoweredCall | None = None
 

@@ -4,18 +4,17 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from fxopt.analysis.calibration import collect
 from fxopt.analysis.samples import Sample
-from fxopt.errors import CalibrationError, ExpectationError, FxoptError, PassError
+from fxopt.errors import ExpectationError, FxoptError, PassError
 from fxopt.ir.legality import check_program
 from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import PassRecord, Program, has_effect
 from fxopt.passes.base import Context, LoweredCall, Pass, PassResult
 from fxopt.pipeline.beyond_weights import beyond_weights
-from fxopt.pipeline.state_basis import fitted
+from fxopt.pipeline.calibrator import Calibrator
 from fxopt.pipeline.verify import Verifier
 
 
@@ -74,25 +73,42 @@ class Manager:
             PassError: a pass failed, broke its promise, or did not meet its expectation. The
                 message names it; nothing of it is kept.
         """
-        for a_pass in passes:
-            program = self.apply(program, a_pass)
+        calibrator = Calibrator(self.samples, self.progress)
+        first = len(program.history)
+        for index, a_pass in enumerate(passes):
+            later = passes[index + 1 :]
+            program = self.apply(program, a_pass, later, calibrator, program.history[first:])
         return program
 
-    def apply(self, program: Program, a_pass: Pass) -> Program:
-        """The program after one pass, verified and recorded."""
+    def apply(
+        self,
+        program: Program,
+        a_pass: Pass,
+        later: Sequence[Pass] = (),
+        calibrator: Calibrator | None = None,
+        earlier: Sequence[PassRecord] = (),
+    ) -> Program:
+        """The program after one pass, verified and recorded.
+
+        `later` passes of the recipe will need statistics; `earlier` ones of the same name count in
+        what is expected of it.
+        """
+        calibrator = calibrator or Calibrator(self.samples, self.progress)
         self.progress(a_pass.name)
         started = time.perf_counter()
         working = program.clone()
         versions = _versions(program)
-        samples = self._samples(program, a_pass)
+        samples = calibrator.batches(program, a_pass)
+        statistics, calibration = calibrator.prepare(program, a_pass, later, samples)
 
         def at_site(detail: str) -> None:
             self.progress(a_pass.name, detail)
             self.replaced(program, working)
 
         context = Context(
-            statistics=self._statistics(program, a_pass, samples),
+            statistics=statistics,
             samples=samples,
+            recorder=calibrator.recorder(program, a_pass, later, samples),
             progress=at_site,
             lowered_call=self.lowered_call,
         )
@@ -100,8 +116,9 @@ class Manager:
             result = a_pass.run(working, context)
         _refuse_in_place_edits(a_pass, program, versions)
         self._finish(a_pass, working, result)
-        self._check_expectation(a_pass, result)
+        self._check_expectation(a_pass, result, earlier, later)
         self.replaced(program, working)
+        calibrator.follow(working, result, context.recorder, later)
 
         def repeat(twin: Program) -> tuple[Program, PassResult]:
             outcome = a_pass.run(twin := twin.clone(), context)
@@ -123,6 +140,7 @@ class Manager:
             seconds=time.perf_counter() - started,
             notes=result.notes,
             tables=result.tables,
+            calibration=calibration,
             beyond_weights="" if a_pass.for_any_weights else beyond_weights(program, working),
         )
         working.history.append(record)
@@ -143,11 +161,21 @@ class Manager:
             ) from error
         working.graph_module.recompile()
 
-    def _check_expectation(self, a_pass: Pass, result: PassResult) -> None:
-        sites, refusals = len(result.sites), len(result.refusals)
+    def _check_expectation(
+        self,
+        a_pass: Pass,
+        result: PassResult,
+        earlier: Sequence[PassRecord],
+        later: Sequence[Pass],
+    ) -> None:
+        """Hold what all passes of a name did together against what the recipe expects of it."""
+        alike = [record for record in earlier if record.name == a_pass.name]
+        sites = len(result.sites) + sum(len(record.sites) for record in alike)
+        refusals = len(result.refusals)  # what one of them refuses may be what another takes
         expected = self.expectations.get(a_pass.name, Expectation())
+        last = all(other.name != a_pass.name for other in later)
         problem = None
-        if expected.min_sites is not None and sites < expected.min_sites:
+        if last and expected.min_sites is not None and sites < expected.min_sites:
             problem = f"{sites} sites, at least {expected.min_sites} expected"
         elif expected.max_sites is not None and sites > expected.max_sites:
             problem = f"{sites} sites, at most {expected.max_sites} expected"
@@ -161,35 +189,6 @@ class Manager:
                 f"fxopt: pass {a_pass.name!r} changed nothing. {reasons or 'It found no site.'}",
                 stacklevel=4,
             )
-
-    def _samples(self, program: Program, a_pass: Pass) -> Sequence[Sample]:
-        """The calibration batches that a pass asks for, with caches that the program takes."""
-        if not a_pass.needs():
-            return ()
-        samples = self.samples()
-        if not samples:
-            raise CalibrationError(
-                f"pass {a_pass.name!r} needs calibration data and there is none. Pass "
-                "calibration=[...]: inputs like those of the model, or texts where there is a "
-                "tokenizer."
-            )
-        return [replace(sample, inputs=fitted(program, sample.inputs)) for sample in samples]
-
-    def _statistics(
-        self, program: Program, a_pass: Pass, samples: Sequence[Sample]
-    ) -> Mapping[str, Mapping[str, Any]]:
-        """What one pass over the data finds; nothing for a pass that watches it by itself."""
-        needs = [need for need in a_pass.needs() if need.statistic != "samples"]
-        if not needs:
-            return {}
-        return collect(
-            program,
-            a_pass.observed(program),
-            samples,
-            lambda count: self.progress(a_pass.name, f"calibration batch {count}/{len(samples)}"),
-            rows=max(need.rows for need in needs),
-            histogram=any(need.statistic == "histogram" for need in needs),
-        )
 
 
 @contextlib.contextmanager

@@ -64,12 +64,24 @@ def fact_rows(report: Report) -> list[list[str]]:
         ["dtype", report.dtype],
         ["recipe", str(report.recipe.get("name", "custom"))],
         ["bytes", bytes_line(report)],
+        *([["calibration data", text]] if (text := calibration_text(report)) else []),
         ["seconds", f"{report.seconds:.1f}"],
         ["versions", ", ".join(f"{name} {text}" for name, text in report.versions.items())],
         ["processor", f"{processor} ({flags})" if flags else processor],
         ["threads", str(machine.get("threads", ""))],
         *([["gpu", str(machine["gpu"])]] if machine.get("gpu") else []),
     ]
+
+
+def calibration_text(report: Report) -> str:
+    """How often calibration data was read, and for whom; empty where no pass needed any."""
+    readers = [record.name for record in report.history if record.calibration == "read"]
+    heirs = [record.name for record in report.history if record.calibration == "carried over"]
+    if not readers:
+        return ""
+    times = "once" if len(readers) == 1 else f"{len(readers)} times"
+    carried = f"; carried over to {', '.join(heirs)}" if heirs else ""
+    return f"read {times}, by {', '.join(readers)}{carried}"
 
 
 def pass_row(record: PassRecord) -> list[str]:

@@ -3,7 +3,7 @@ import torch
 import transformers as hf
 
 import fxopt
-from fxopt.errors import RecipeError
+from fxopt.errors import ExpectationError, RecipeError
 from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.quantization.options import ActivationOptions, WeightOptions
 from fxopt.pipeline.recipe import Recipe, presets
@@ -76,7 +76,8 @@ def test_zeroquant_leaves_no_linear_in_floating_point(model):
     [("kv8", "int8"), ("kv8-fp8", "fp8_e4m3"), ("kivi4", "int4"), ("kivi2", "int2")],
 )
 def test_cache_presets_leave_the_weights_alone(name, dtype):
-    _, quantize_cache = presets()[name].build()
+    _, *centred, quantize_cache = presets()[name].build()
+    assert [item.name for item in centred] == ["centre-keys"] * (dtype == "fp8_e4m3")
     options = quantize_cache.options()
     assert (options["dtype"], options["group"], options["window"]) == (dtype, 32, 128)
 
@@ -232,3 +233,38 @@ def test_presets_of_few_bits_leave_no_large_weight_in_floating_point(name, share
     program = optimized.program
     for target, index in ((aten.linear.default, 1), (aten.embedding.default, 0)):
         assert all(is_stored_weight(node.args[index]) for node in program.nodes(target))
+
+
+QUANTIZED_IN_TWO = [
+    "canonicalize",
+    {"quantize": {"weights": {"dtype": "int4", "granularity": "group", "group_size": 16}}},
+    {"quantize": {"embeddings": {"dtype": "int8", "granularity": "channel"}}},
+]
+
+
+class _Plain(torch.nn.Module):
+    """A linear and no table: the second `quantize` finds nothing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(width, 8)
+
+    def forward(self, x):
+        return self.up(x)
+
+
+@pytest.mark.parametrize("width", [16, 12])
+def test_passes_of_one_name_meet_what_is_expected_together(width, recwarn):
+    """Of width 12 the groups fit nowhere, and the second pass takes the linear."""
+    recipe = {"passes": QUANTIZED_IN_TWO, "expect": {"quantize": {"min_sites": 1}}}
+    options = {"example_inputs": (torch.randn(2, width),), "target": "reference"}
+    optimized = fxopt.optimize(_Plain(width), recipe, progress=False, **options)
+    assert sum(len(r.sites) for r in optimized.report.history if r.name == "quantize") == 1
+    said = [str(w.message) for w in recwarn if "changed nothing" in str(w.message)]
+    assert len(said) == (width == 12)
+
+
+def test_what_none_of_them_meets_fails():
+    recipe = {"passes": QUANTIZED_IN_TWO, "expect": {"quantize": {"min_sites": 2}}}
+    with pytest.raises(ExpectationError, match="1 sites, at least 2"):
+        fxopt.optimize(_Plain(16), recipe, example_inputs=(torch.randn(2, 16),), progress=False)

@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 import json
 import xml.etree.ElementTree as ET
@@ -214,3 +215,25 @@ def test_machine_is_plain_data():
     facts = machine()
     assert facts["threads"] >= 1
     assert json.dumps(facts)
+
+
+@pytest.mark.parametrize(
+    ("came_by", "text"),
+    [
+        (["", ""], None),
+        (["read", ""], "read once, by canonicalize"),
+        (["read", "carried over"], "read once, by canonicalize; carried over to quantize"),
+        (["read", "read"], "read 2 times, by canonicalize, quantize"),
+    ],
+)
+def test_it_says_how_often_calibration_data_was_read(came_by, text):
+    report = make_report()
+    report.history = [
+        dataclasses.replace(record, calibration=how)
+        for record, how in zip(report.history, came_by, strict=True)
+    ]
+    found = report.to_markdown()
+    assert (f"| calibration data | {text} |" in found) == (text is not None)
+    assert ("calibration data" in found) == (text is not None)
+    again = [PassRecord.from_dict(record.to_dict()).calibration for record in report.history]
+    assert again == came_by

@@ -64,6 +64,7 @@ class FoldNorm(Pass):
         if self.bias:
             for norm in norms(program):
                 if fold_bias(program, norm):
+                    changes.activations = None
                     changes.sites.append(Site(norm.path, "bias folded into the linears behind it"))
         if self.centre:
             centre(program, changes, self.name)
@@ -119,6 +120,8 @@ def _fold(program: Program, changes: Changes, norm: Norm, symmetry: Symmetry) ->
         else:
             new = changed(value, edit.turned(), Kind.SCALE, factor)
         program.set_weight(edit.name, new)
+    read = [edit.turned() for edit in edits if edit is not gain]
+    changes.turn_inputs(read, Kind.SCALE, factor)
     for edit in symmetry.edits:
         if edit.role == "input":
             towards = edit.turned() if _is_turned(norm, symmetry) else edit

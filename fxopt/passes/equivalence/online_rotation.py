@@ -14,12 +14,16 @@ from torch.fx import Node
 from fxopt.analysis.transform import StateChange
 from fxopt.ir.hadamard import hadamard_factors, supported_order
 from fxopt.ir.program import Program, Site, module_path, shape_of
+from fxopt.passes.equivalence.attended_keys import (
+    READ_ELSEWHERE,
+    attended_keys,
+    replace_new_keys,
+)
 from fxopt.passes.equivalence.changes import Changes
 from fxopt.passes.equivalence.readers import Reader, read_elsewhere, readers
 from fxopt.rewrite.builder import Builder
 from fxopt.rewrite.sizes import fixed
 
-aten = torch.ops.aten
 operators = torch.ops.fxopt
 
 
@@ -65,59 +69,27 @@ def _rotate_reader(
 
 def rotate_keys(program: Program, changes: Changes, made_by: str) -> None:
     """R3: behind rotary embedding, so that the cache holds rotated keys."""
-    readers_of: dict[Any, list[Node]] = {}
-    for node in program.nodes(operators.attention.default):
-        readers_of.setdefault(node.args[1], []).append(node)
-    for key, attentions in readers_of.items():
-        first = attentions[0]
-        width = fixed(shape_of(key)[-1])
+    for keys in attended_keys(program):
+        first = keys.attentions[0]
+        width = fixed(shape_of(keys.read)[-1])
         if width is None or not supported_order(width):
             changes.refuse(module_path(first), f"no Hadamard matrix of order {width}")
             continue
-        new, past = _newest(program, key, attentions)
-        if new is None:
-            changes.refuse(module_path(first), "its keys are read elsewhere too")
+        if keys.new is None:
+            changes.refuse(module_path(first), READ_ELSEWHERE)
             continue
-        _spin_key(program, first, new, width, made_by)
-        if past is not None:
-            changes.follow(past.name, _rotation(width))
-        for node in attentions:
+        replace_new_keys(program, keys, made_by, operators.hadamard.default, width)
+        if keys.past is not None:
+            changes.follow(keys.past.name, _rotation(width))
+        for node in keys.attentions:
             _spin(program, node, 0, node.args[0], width, made_by)
             detail = f"R3, Hadamard of order {width}"
             changes.sites.append(Site(module_path(node), detail, node.name))
 
 
-def _newest(program: Program, key: Any, attentions: list[Node]) -> tuple[Node | None, Node | None]:
-    """The keys of the new tokens, and the cache input they are appended to, if there is one."""
-    output = program.graph.output_node()
-    if any(list(node.args).count(key) != 1 for node in attentions):
-        return None, None  # they are queries or values too
-    if key.target is not aten.cat.default:
-        return (key, None) if set(key.users) == set(attentions) else (None, None)
-    parts: Any = key.args[0]
-    plain = (
-        len(parts) == 2
-        and parts[0].op == "placeholder"
-        and all(user is key or user.target is aten.sym_size.int for user in parts[0].users)
-    )
-    alone = len(parts[-1].users) == 1 and all(
-        user is output or user in attentions for user in key.users
-    )
-    return (parts[1], parts[0]) if plain and alone else (None, None)
-
-
 def _spin(program: Program, reader: Node, index: int, value: Any, width: int, made_by: str) -> None:
     spun = Builder(program, reader, made_by).call(operators.hadamard.default, value, width)
     reader.update_arg(index, spun)
-
-
-def _spin_key(program: Program, attention: Node, new: Node, width: int, made_by: str) -> None:
-    readers = list(new.users)
-    first = min(readers, key=list(program.graph.nodes).index)
-    spun = Builder(program, first, made_by).call(operators.hadamard.default, new, width)
-    for reader in readers:
-        reader.replace_input_with(new, spun)
-    spun.meta["module_path"] = module_path(attention)
 
 
 def _rotation(width: int) -> StateChange:

@@ -76,6 +76,7 @@ class SliceChannels(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         """Whole groups first, then heads in what is left, then channels."""
         changes = Changes(program)
+        changes.activations = None  # what is removed is missing in everything that follows
         means = context.statistics.get("mean_abs") if self.importance == "activation" else None
         scores: dict[str, Tensor] | None = None if means is None else dict(means)
         for unit, fractions in (

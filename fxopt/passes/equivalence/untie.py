@@ -44,7 +44,7 @@ class Untie(Pass):
             for linear in linears:
                 linear.replace_input_with(node, own)
             sites.append(Site(module_path(linears[0]), f"{name} is a copy of {node.target}"))
-        return PassResult(tuple(sites))
+        return PassResult(tuple(sites), activations={})
 
 
 def _reads_as_weight(user: Node, node: Node) -> bool:

@@ -75,7 +75,7 @@ class AllocateBits(Pass):
         """Price and judge every choice for every group, solve, and mark the linears."""
         groups, refusals = linear_groups(program, self.choices, self.include, self.exclude)
         if not groups:
-            return PassResult(refusals=tuple(refusals))
+            return PassResult(refusals=tuple(refusals), activations={})
         timed = None
         if self.budget.resource == "milliseconds":
             timed = LatencyPrices(program, groups, self.choices, self.budget.shape, context)
@@ -92,9 +92,8 @@ class AllocateBits(Pass):
             for node in group.linears
         ]
         notes = () if timed is None else (timed.compared(chosen.choices.tolist(), chosen.price),)
-        return PassResult(
-            tuple(sites), tuple(refusals), notes, tables=(self._frontier(search, chosen),)
-        )
+        tables = (self._frontier(search, chosen),)
+        return PassResult(tuple(sites), tuple(refusals), notes, tables=tables, activations={})
 
     def _limit(self, groups: Sequence[LinearGroup]) -> float:
         if self.budget.kind == "bits":

@@ -1,8 +1,9 @@
 """Take the mean error that rounded weights make out of the bias of a linear.
 
-    b' = b - (Q - W) E[x]    so that    E[Q x + b'] = E[W x + b]
+    b' = b + W E[x] - Q E[y]    so that    E[Q y + b'] = E[W x + b]
 
-Shapes: W and Q [out, in]; E[x] [in] over the real tokens of the calibration data; b and b' [out].
+Shapes: W and Q [out, in]; E[x] and E[y] [in] over the real tokens of the calibration data, x as
+    the exact linear reads it and y as the rounded one does; b and b' [out].
 Exactness: approximate; the mean error of each output is zero on inputs with this mean, up to the
     rounding of b'. What rounding the inputs adds on top is not seen.
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV
@@ -30,17 +31,27 @@ def mean_error(exact: Tensor, rounded: Tensor, mean: Tensor) -> Tensor:
     return torch.cat([(q.double() - w.double()) @ mean.double() for q, w in pairs])
 
 
-def correct_bias(program: Program, build: Builder, linear: Node, exact: Node, mean: Tensor) -> bool:
+def correct_bias(
+    program: Program,
+    build: Builder,
+    linear: Node,
+    exact: Node,
+    mean: Tensor,
+    original_mean: Tensor | None = None,
+) -> bool:
     """Correct a linear that reads a stored weight instead of `exact`; whether its bias changed.
 
-    A linear without a bias gets one where the correction is not zero; a bias that others share or
-    that is computed in the graph stays what it is for them.
+    `mean` is that of the linear's input, `original_mean` that of what the exact linear reads, where
+    it is another. A linear without a bias gets one where the correction is not zero; a bias that
+    others share or that is computed in the graph stays what it is for them.
     """
     weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
     assert isinstance(weight, Node)  # noqa: S101 - it was stored just now
     name = str(exact.target)
     values = program.weight(name)
     correction = -mean_error(values, stored_values(program, weight), mean)
+    if original_mean is not None:
+        correction += values.double() @ (original_mean - mean).double()
     own = f"{name.rpartition('.')[0]}.corrected_bias".lstrip(".")
     if isinstance(bias, Node) and bias.op == "get_attr":
         before = program.weight(str(bias.target))

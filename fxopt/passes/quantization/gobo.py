@@ -81,7 +81,7 @@ class Gobo(Pass):
             read = self._read(Builder(program, node, self.name), found)
             node.update_arg(weight_index(node), read)
             sites.append(Site(path, found.detail, node.name))
-        return PassResult(tuple(sites), tuple(refusals + other_weights(program)))
+        return PassResult(tuple(sites), tuple(refusals + other_weights(program)), activations={})
 
     def _impossible(self, program: Program, node: Node) -> str | None:
         reason = not_selected(node, self.include, self.exclude) or unquantizable(program, node)

@@ -1,18 +1,22 @@
 """GPTQ: round weights so that the outputs of linears, not the weights, stay close.
 
-    minimize || X W^T - X Q^T ||^2 over Q on the grid, column by column (see compensation)
+    minimize || Y V^T - Y Q^T ||^2 over Q on the grid, column by column (see compensation)
 
-Shapes: X [tokens, in] of the calibration data; W and Q [out, in].
+Shapes: Y [tokens, in] of the calibration data; V and Q [out, in].
     With `range: output` the grid of a block is that of the least error in the output when its
     weights are rounded to nearest, found before or, without static groups, as columns reach it.
 Exactness: approximate; on the calibration data no output errs more than with its row rounded to
-    nearest. X is what the already rounded linears before it give (`true_sequential`), or what the
-    original model gives. The model runs over the data once, node by node, and holds one Hessian.
-    With `bias_correction` the mean output over the data is that of the exact weight on the same X.
+    nearest. Y is what the already rounded linears before it give (`true_sequential`), or what the
+    original model gives. V is the original weight W, or with `match_original` the one whose outputs
+    on Y are nearest to those of the original model, W on its own inputs (see original_inputs). The
+    model runs over the data once, node by node, with `match_original` beside the original, and
+    holds one Hessian. With `bias_correction` the mean output over the data is what it was.
 Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-    Transformers, ICLR 2023, arXiv:2210.17323.
+    Transformers, ICLR 2023, arXiv:2210.17323; Li et al., GPTAQ: Efficient Finetuning-Free
+    Quantization for Asymmetric Calibration, ICML 2025, arXiv:2504.02692 (`match_original`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +31,7 @@ from fxopt.passes.quantization.bias_correction import correct_bias
 from fxopt.passes.quantization.compensation import Hessian, compensated, hessian
 from fxopt.passes.quantization.grid import encode_by_rows
 from fxopt.passes.quantization.options import WeightOptions
+from fxopt.passes.quantization.original_inputs import InputChange, OriginalInputs
 from fxopt.passes.quantization.parts import store_parts
 from fxopt.passes.quantization.sites import (
     kind_of,
@@ -48,6 +53,7 @@ class Gptq(Pass):
     act_order: bool = True
     static_groups: bool = True
     true_sequential: bool = True
+    match_original: bool = True
     block_size: int = 128
     damping: float = 0.01
     include: tuple[str, ...] = ("*",)
@@ -84,10 +90,30 @@ class Gptq(Pass):
         store_parts(program, self.include, self.exclude, self.name)
         mark_heads(program, self.weights)
         rounding = _Rounding(self, program, context)
-        rounding.lockstep.run(rounding.visit, rounding.rounded())
+        rounding.lockstep.run(rounding.visit, rounding.rounded(), context.recorder)
         return PassResult(
-            tuple(rounding.sites), tuple(rounding.refusals), tuple(dict.fromkeys(rounding.notes))
+            tuple(rounding.sites),
+            tuple(rounding.refusals),
+            tuple(dict.fromkeys(rounding.notes)),
+            activations={},
         )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What linears that share an input know of it."""
+
+    source: Node
+    hessian: Hessian
+    tokens: int  # that are not zero
+    mean: Tensor
+    original_mean: Tensor
+    change: InputChange | None
+
+
+def _mean(rows: Sequence[Tensor]) -> Tensor:
+    total = torch.stack([part.sum(0, dtype=torch.float64) for part in rows]).sum(0)
+    return total / max(1, sum(len(part) for part in rows))
 
 
 class _Rounding:
@@ -102,8 +128,11 @@ class _Rounding:
         self.refusals: list[Refusal] = []
         self.notes: list[str] = []
         self.done: dict[str, StoredWeight] = {}
-        # Linears that share an input follow each other: it, its Hessian, tokens that are not zero.
-        self.latest: tuple[Node, Hessian, int] | None = None
+        # Linears that share an input follow each other.
+        self.latest: _Inputs | None = None
+        linears = self.rounded()
+        matched = settings.match_original and settings.true_sequential
+        self.original = OriginalInputs(program, context.samples, linears) if matched else None
 
     def visit(self, node: Node) -> None:
         """Round a linear before it is computed, or (not true_sequential) after."""
@@ -127,7 +156,9 @@ class _Rounding:
         stored = self.done[str(weight.target)]
         node.update_arg(1, read_weight(build, stored, weight.meta["val"].dtype))
         if settings.bias_correction:
-            correct_bias(self.program, build, node, weight, self._mean(node))
+            inputs = self._inputs(node)
+            means = inputs.mean, inputs.original_mean
+            correct_bias(self.program, build, node, weight, *means)
 
     def rounded(self) -> list[Node]:
         """The linears that will be rounded."""
@@ -149,13 +180,14 @@ class _Rounding:
             return "tied to one before it"
         settings = self.settings
         try:
-            h = self._hessian(node)
+            inputs = self._inputs(node)
         except CalibrationError as error:
             raise CalibrationError(f"gptq of {module_path(node) or node.name}: {error}") from error
+        weight = self.program.weight(name)
         found = compensated(
-            self.program.weight(name),
+            weight if inputs.change is None else inputs.change.make_up(weight),
             options,
-            h,
+            inputs.hessian,
             settings.block_size,
             settings.static_groups,
         )
@@ -163,24 +195,25 @@ class _Rounding:
         self.done[name] = store_weight(self.program, name, codes, found.grid)
         return f"output error {found.share:.2f}x of rounding to nearest"
 
-    def _hessian(self, node: Node) -> Hessian:
+    def _inputs(self, node: Node) -> "_Inputs":
         source = node.args[0]
         assert isinstance(source, Node)  # noqa: S101 - a linear reads a tensor
-        if self.latest is None or self.latest[0] is not source:
+        if self.latest is None or self.latest.source is not source:
             rows = self.lockstep.rows(source)
             h = hessian(rows, self.settings.damping, self.settings.act_order)
-            # An expert is shown zeros in place of the tokens that are routed elsewhere.
-            self.latest = source, h, sum(int(part.any(1).sum()) for part in rows)
-        _, h, tokens = self.latest
-        self._note(module_path(node) or node.name, tokens, h)
-        return h
-
-    def _mean(self, node: Node) -> Tensor:
-        source = node.args[0]
-        assert isinstance(source, Node)  # noqa: S101 - a linear reads a tensor
-        rows = self.lockstep.rows(source)
-        total = torch.stack([part.sum(0, dtype=torch.float64) for part in rows]).sum(0)
-        return total / max(1, sum(len(part) for part in rows))
+            original = None if self.original is None else self.original.rows(node)
+            alike = original is not None and [len(x) for x in original] == [len(y) for y in rows]
+            self.latest = _Inputs(
+                source=source,
+                hessian=h,
+                # An expert is shown zeros in place of the tokens that are routed elsewhere.
+                tokens=sum(int(part.any(1).sum()) for part in rows),
+                mean=_mean(rows),
+                original_mean=_mean(rows if original is None else original),
+                change=InputChange(original, rows) if original is not None and alike else None,
+            )
+        self._note(module_path(node) or node.name, self.latest.tokens, self.latest.hessian)
+        return self.latest
 
     def _note(self, path: str, tokens: int, h: Hessian) -> None:
         inputs = len(h.order)

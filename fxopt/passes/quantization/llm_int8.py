@@ -93,7 +93,7 @@ class LlmInt8(Pass):
                 continue
             context.progress(path)
             sites.append(Site(path, f"int8 per token and channel, {detail}", node.name))
-        return PassResult(tuple(sites), tuple(refusals))
+        return PassResult(tuple(sites), tuple(refusals), activations={})
 
     def _split(
         self,

@@ -63,12 +63,12 @@ class MixedPrecision(Pass):
         """Rank the rounded activations by what each costs, and restore the first ones."""
         rounded = static_activations(program)
         if not rounded:
-            return PassResult(refusals=(_NOTHING,))
+            return PassResult(refusals=(_NOTHING,), activations={})
         trial = _Trial(program, context.samples[: self.batches])
         whole = trial.error(())
         left = self.keep - sum(len(r.sites) for r in program.history if r.name == self.name)
         if left <= 0 or (self.target is not None and whole <= self.target):
-            return PassResult()
+            return PassResult(activations={})
         alone = trial.errors_alone(context.progress)
         gains = {name: whole - alone[name] for name in rounded}
         sites: list[Site] = []
@@ -81,7 +81,7 @@ class MixedPrecision(Pass):
             sites.append(_keep(rounded[name], f"{detail}, {whole:.3g} without any"))
             if self.target is not None and error <= self.target:
                 break
-        return PassResult(tuple(sites))
+        return PassResult(tuple(sites), activations={})
 
 
 def static_activations(program: Program) -> dict[str, list[Node]]:

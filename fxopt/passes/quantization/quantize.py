@@ -127,7 +127,12 @@ class Quantize(Pass):
                 *self._activation(build, node, context),
             ]
             sites.append(Site(path, ", ".join(details), node.name))
-        return PassResult(tuple(sites), tuple(refusals + other_weights(program)))
+        return PassResult(
+            tuple(sites),
+            tuple(refusals + other_weights(program)),
+            _sorted_otherwise(program, self.activations),
+            activations={},
+        )
 
     def _asks_for(self, node: Node) -> bool:
         """Whether the recipe, or `allocate-bits` before it, says anything of such a node."""
@@ -191,6 +196,23 @@ class Quantize(Pass):
             return []
         node.update_arg(0, quantize_activation(build, node, options, context))
         return [options.describe()]
+
+
+def _sorted_otherwise(program: Program, options: ActivationOptions | None) -> tuple[str, ...]:
+    """What to say where `peg` sorted channels for other groups than are rounded now."""
+    sorts = [record.options for record in program.history if record.name == "peg"]
+    if options is None or options.granularity != "embedding_group" or not sorts:
+        return ()
+    pairs = [("groups", options.groups), ("symmetric", options.symmetric)]
+    other = [f"{name}: {sorts[-1][name]}" for name, mine in pairs if sorts[-1][name] != mine]
+    asked = [f"{name}: {mine}" for name, mine in pairs if sorts[-1][name] != mine]
+    if not other:
+        return ()
+    note = (
+        f"peg sorted channels for {', '.join(other)} and activations are rounded with "
+        f"{', '.join(asked)}: the groups are not the best; give both passes the same"
+    )
+    return (note,)
 
 
 def _observed(statistic: str, node: Node, context: Context) -> Tensor:

@@ -82,7 +82,7 @@ class QuantizeCache(Pass):
         changes = replace_states(program, chosen, self.scales) if chosen else {}
         past = max((max(form.window, 1) for _, form in chosen), default=0)
         notes = (_NOTE,) if chosen else ()
-        return PassResult(tuple(sites), tuple(refusals), notes, changes, past)
+        return PassResult(tuple(sites), tuple(refusals), notes, changes, past, activations={})
 
     def _form(self, state: CacheState) -> StateForm:
         if self.dtype in TOKEN_FORMATS:

@@ -13,6 +13,7 @@ from fxopt.analysis.samples import Sample
 from fxopt.ir.program import Program
 from fxopt.passes.base import Pass
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
+from fxopt.pipeline.data import keyword_inputs
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.tolerances import EQUIVALENT_FLOAT64
 from fxopt.pipeline.verify import Verifier
@@ -44,8 +45,14 @@ def plain(module: nn.Module, *inputs: Tensor) -> Program:
 
 
 def calibration_of(program: Program) -> Sequence[Sample]:
-    """What `run` calibrates with."""
-    return [Sample(values) for values in program.examples[:2]]
+    """What `run` calibrates with: batches as a recipe makes them, with no tokens before theirs."""
+    if program.signature.cache is None:
+        return [Sample(values) for values in program.examples[:2]]
+    names = [spec.name for spec in program.signature.inputs]
+    read = [name for name in names if name in ("input_ids", "decoder_input_ids")]
+    batches = [dict(zip(names, values, strict=True)) for values in program.examples[:2]]
+    entries = [{name: batch[name] for name in read} for batch in batches]
+    return [Sample(keyword_inputs(program.signature, entry)) for entry in entries]
 
 
 def run(program: Program, *passes: Pass) -> Program:

@@ -173,6 +173,7 @@ def test_gptq_corrects_on_the_inputs_that_it_sees(true_sequential):
     program = captured(Wide(24), torch.randn(2, 3, 24))
     samples = [Sample([torch.randn(4, 20, 24) + 1]) for _ in range(2)]
     chosen = {"weights": WeightOptions("int2"), "true_sequential": true_sequential}
+    chosen["match_original"] = False
     after = apply(program, samples, Gptq(bias_correction=True, **chosen))
     found = linears(after)
     assert set(found) == {"first", "second"}

@@ -14,6 +14,7 @@ from fxopt.passes.quantization.channel_groups import (
     group_ranges,
     least_ranges,
 )
+from fxopt.passes.quantization.options import ActivationOptions
 from fxopt.passes.quantization.peg import Peg
 from fxopt.passes.quantization.quantize import Quantize
 from fxopt.pipeline.manager import Manager
@@ -172,3 +173,23 @@ def test_refusals():
     assert set(refusals(refused).values()) == {"3 groups do not divide its 8 inputs"}
     with pytest.raises(RecipeError, match="groups 0"):
         Peg(groups=0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "symmetric", "said"),
+    [
+        (4, True, None),
+        (2, True, "groups: 4 and activations are rounded with groups: 2"),
+        (4, False, "symmetric: True and activations are rounded with symmetric: False"),
+    ],
+)
+def test_groups_that_were_sorted_for_another_rounding_are_noted(groups, symmetric, said):
+    program = canonical_program("bert")
+    samples = [as_sample(program, bert_batch(3, 9, 0))]
+    activations = ActivationOptions(
+        granularity="embedding_group", groups=groups, symmetric=symmetric
+    )
+    after = manager(samples).run(program, [Peg(groups=4), Quantize(activations=activations)])
+    notes = " ".join(after.history[-1].notes)
+    assert (said is None) == (notes == "")
+    assert said is None or said in notes

@@ -1,0 +1,77 @@
+"""Weights whose outputs are those of the original model, on inputs that rounding has changed.
+
+    minimize || X W^T - Y V^T ||^2 + ridge mean(diag Y^T Y) || V - W ||^2
+    V = W + W (X - Y)^T Y (Y^T Y + ridge mean(diag Y^T Y) I)^-1
+
+Shapes: X [tokens, in] is what the original model gives a linear, Y [tokens, in] what the rounded
+    linears before it give; W and V [out, in]. Then || X W^T - Y Q^T ||^2 is || Y V^T - Y Q^T ||^2
+    for any Q, but for a constant and what the ridge leaves, so that rounding V makes up for the
+    errors before it, too. The ridge keeps V from following the noise of few tokens.
+Source: Li et al., GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration, ICML
+    2025, arXiv:2504.02692. Deviation: a least-squares weight and a ridge, in place of a term in
+    each step of the columns.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.analysis.lockstep import Lockstep
+from fxopt.analysis.samples import Sample
+from fxopt.ir.program import Program
+
+RIDGE = 0.3
+
+
+class OriginalInputs:
+    """A run of the original model beside one that is being rounded, one linear after the other."""
+
+    def __init__(
+        self, program: Program, samples: Sequence[Sample], linears: Iterable[Node]
+    ) -> None:
+        original = program.clone()
+        names = {node.name for node in linears}
+        looked_at = [node for node in original.graph.nodes if node.name in names]
+        self._lockstep = Lockstep(original, samples)
+        self._steps = self._lockstep.steps(looked_at)
+
+    def rows(self, linear: Node) -> list[Tensor]:
+        """What the original of a linear reads, in each batch; linears come in graph order."""
+        node = next(node for node in self._steps if node.name == linear.name)
+        source: Any = node.args[0]
+        return self._lockstep.rows(source)
+
+
+class InputChange:
+    """How the inputs of linears have changed: (X - Y)^T Y (Y^T Y + ridge mean I)^-1, [in, in]."""
+
+    def __init__(self, original: Sequence[Tensor], present: Sequence[Tensor]) -> None:
+        width = present[0].shape[1]
+        cross, moments = torch.zeros(2, width, width, dtype=torch.float64)
+        for x, y in zip(original, present, strict=True):
+            x, y = _both(x.float(), y.float())
+            cross += ((x - y).T @ y).double()
+            moments += (y.T @ y).double()
+        self._factor: Tensor | None = None
+        self._cross = cross
+        if bool(cross.any()):
+            ridge = RIDGE * moments.diagonal().mean()
+            moments.diagonal().add_(ridge)
+            self._factor = torch.linalg.cholesky(moments)
+
+    def make_up(self, weight: Tensor) -> Tensor:
+        """V of W; W itself where nothing has changed."""
+        if self._factor is None:
+            return weight
+        wide = weight.double()
+        change = torch.cholesky_solve((wide @ self._cross).T, self._factor).T
+        return (wide + change).to(weight.dtype)
+
+
+def _both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that both models give a linear: a router may send others to an expert now."""
+    given = x.any(1) & y.any(1)
+    return (x, y) if bool(given.all()) else (x[given], y[given])
