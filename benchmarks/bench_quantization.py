@@ -31,8 +31,9 @@ def rounded(chosen: dict[str, Any], search: str = "absmax") -> list[Any]:
     return [{"quantize": {"weights": {**chosen, "range": search}, **HEAD}}]
 
 
-def gptq(chosen: dict[str, Any], **options: Any) -> list[Any]:
-    return [{"gptq": {"weights": chosen, **options, **HEAD}}]
+def gptq(chosen: dict[str, Any], match_original: bool = False, **options: Any) -> list[Any]:
+    """Without `match_original` as GPTQ was published."""
+    return [{"gptq": {"weights": chosen, "match_original": match_original, **options, **HEAD}}]
 
 
 def awq(chosen: dict[str, Any], search: str = "output") -> list[Any]:
