@@ -45,9 +45,9 @@ RECIPES: dict[str, list[Any]] = {
     "int3 per channel": [rounded("int3")],
     "int3 per channel, biases corrected": [rounded("int3", bias_correction=True)],
     "int3 per group of 64": [grouped("int3")],
-    "int3 per group of 64, gptq": [{"gptq": {"weights": INT3_GROUPS}}],
+    "int3 per group of 64, gptq": [{"gptq": {"weights": INT3_GROUPS, "match_original": False}}],
     "int3 per group of 64, gptq, biases corrected": [
-        {"gptq": {"weights": INT3_GROUPS, "bias_correction": True}}
+        {"gptq": {"weights": INT3_GROUPS, "match_original": False, "bias_correction": True}}
     ],
     "gobo, 3 bits": [{"gobo": {"bits": 3}}],
     "gobo, 3 bits, embeddings": [{"gobo": {"bits": 3, "embeddings": True}}],

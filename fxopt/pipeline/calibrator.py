@@ -20,6 +20,7 @@ from fxopt.pipeline.state_basis import fitted
 
 # A pass that watches the program by itself asks for the data and not for a statistic of it.
 _DATA = "samples"
+_ENDS = {"minimum", "maximum"}
 
 
 @dataclass
@@ -86,15 +87,17 @@ class Calibrator:
         self, program: Program, result: PassResult, recorder: Recorder | None, later: Sequence[Pass]
     ) -> None:
         """Carry what is known over a pass, for a program as it left it."""
-        if result.activations is None:
+        kinds = {need.statistic for need in _statistics(later)}
+        if result.activations is None or not kinds:
             self.known = Known()
             return
+        if kinds & _ENDS:
+            kinds |= _ENDS  # a factor of -1 makes the one the other
         known = self.known.carried(result.activations)
         if recorder is not None and recorder.used:
             known = _found(recorder)
         inputs = [node for node in linear_inputs(program) if node.name not in result.activations]
         new = derivations(program, inputs, known.all_names())
-        kinds = {need.statistic for need in _statistics(later)}
         names = {node.name for node in linear_inputs(program)}
         if not result.activations:  # passes say what became of inputs of linears alone
             names |= {node.name for one in later for node in one.observed(program)}

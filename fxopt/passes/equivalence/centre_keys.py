@@ -29,12 +29,12 @@ from fxopt.passes.equivalence.attended_keys import (
 )
 from fxopt.passes.equivalence.changes import Changes
 from fxopt.rewrite.builder import Builder
+from fxopt.rewrite.pattern import argument
 from fxopt.rewrite.sizes import fixed
 
 aten = torch.ops.aten
 # A mean this small beside the keys is none: a second run finds nothing to do.
 _NEGLIGIBLE = 1e-3
-_NAMES = ("q", "k", "v", "padding", "mask", "sinks", "scale", "causal", "window", "softcap")
 
 
 @register("centre-keys")
@@ -84,10 +84,9 @@ class CentreKeys(Pass):
 
 def _refusal(keys: AttendedKeys, context: Context) -> str | None:
     for node in keys.attentions:
-        given = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
-        if given.get("softcap") is not None:
+        if argument(node, "softcap") is not None:
             return "its scores are capped, so that a constant in all of them is not without effect"
-        if given.get("sinks") is not None:
+        if argument(node, "sinks") is not None:
             return "its softmax has a sink, beside which a constant in all scores is seen"
     if keys.new is None:
         return READ_ELSEWHERE

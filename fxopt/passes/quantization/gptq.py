@@ -10,7 +10,8 @@ Exactness: approximate; on the calibration data no output errs more than with it
     original model gives. V is the original weight W, or with `match_original` the one whose outputs
     on Y are nearest to those of the original model, W on its own inputs (see original_inputs). The
     model runs over the data once, node by node, with `match_original` beside the original, and
-    holds one Hessian. With `bias_correction` the mean output over the data is what it was.
+    holds one Hessian. With `bias_correction` the mean output over the data is that of W on Y, with
+    `match_original` that of W on its own inputs.
 Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers, ICLR 2023, arXiv:2210.17323; Li et al., GPTAQ: Efficient Finetuning-Free
     Quantization for Asymmetric Calibration, ICML 2025, arXiv:2504.02692 (`match_original`).

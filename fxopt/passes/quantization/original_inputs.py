@@ -12,7 +12,7 @@ Source: Li et al., GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric 
     each step of the columns.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from fxopt.analysis.lockstep import Lockstep
 from fxopt.analysis.samples import Sample
 from fxopt.ir.program import Program
 
+# On MiniLM, int4 per channel with output ranges, 0.3 erred less than 0.1; with 0.01 the weight
+# followed the noise of 64 texts and erred more than without any making up.
 RIDGE = 0.3
 
 
@@ -36,13 +38,28 @@ class OriginalInputs:
         names = {node.name for node in linears}
         looked_at = [node for node in original.graph.nodes if node.name in names]
         self._lockstep = Lockstep(original, samples)
-        self._steps = self._lockstep.steps(looked_at)
+        self._steps = self._given_up_behind(original, looked_at)
 
     def rows(self, linear: Node) -> list[Tensor]:
         """What the original of a linear reads, in each batch; linears come in graph order."""
         node = next(node for node in self._steps if node.name == linear.name)
         source: Any = node.args[0]
         return self._lockstep.rows(source)
+
+    def _given_up_behind(self, original: Program, looked_at: list[Node]) -> Iterator[Node]:
+        """The steps of the run; weights that none after them reads are held no longer."""
+        last: dict[str, Node] = {}
+        for node in original.nodes():
+            last |= {str(s.target): node for s in node.all_input_nodes if s.op == "get_attr"}
+        done: dict[Node, list[str]] = {}
+        for name, node in last.items():
+            done.setdefault(node, []).append(name)
+        before: Node | None = None
+        for node in self._lockstep.steps(looked_at):
+            for name in done.get(before, ()) if before is not None else ():
+                original.set_weight(name, torch.empty(0))
+            before = node
+            yield node
 
 
 class InputChange:

@@ -203,16 +203,13 @@ def _sorted_otherwise(program: Program, options: ActivationOptions | None) -> tu
     sorts = [record.options for record in program.history if record.name == "peg"]
     if options is None or options.granularity != "embedding_group" or not sorts:
         return ()
-    pairs = [("groups", options.groups), ("symmetric", options.symmetric)]
-    other = [f"{name}: {sorts[-1][name]}" for name, mine in pairs if sorts[-1][name] != mine]
-    asked = [f"{name}: {mine}" for name, mine in pairs if sorts[-1][name] != mine]
-    if not other:
-        return ()
-    note = (
-        f"peg sorted channels for {', '.join(other)} and activations are rounded with "
-        f"{', '.join(asked)}: the groups are not the best; give both passes the same"
+    mine = {"groups": options.groups, "symmetric": options.symmetric}
+    return tuple(
+        f"peg sorted channels for {name}: {sorts[-1][name]} and activations are rounded with "
+        f"{name}: {asked}: the groups are not the best; give both passes the same"
+        for name, asked in mine.items()
+        if sorts[-1][name] != asked
     )
-    return (note,)
 
 
 def _observed(statistic: str, node: Node, context: Context) -> Tensor:
