@@ -36,6 +36,11 @@ def gptq(chosen: dict[str, Any], match_original: bool = False, **options: Any) -
     return [{"gptq": {"weights": chosen, "match_original": match_original, **options, **HEAD}}]
 
 
+def matched(chosen: dict[str, Any], **options: Any) -> list[Any]:
+    """As `gptq` comes: towards the outputs of the original model, and of ranges by output error."""
+    return gptq({**chosen, "range": "output"}, match_original=True, **options)
+
+
 def awq(chosen: dict[str, Any], search: str = "output") -> list[Any]:
     return [{"awq-scale": {"weights": chosen}}, *rounded(chosen, search)]
 
@@ -124,6 +129,7 @@ RECIPES: dict[str, list[Any]] = {
     "int4 per channel, gptq, output range, not true-sequential": gptq(
         {**CHANNEL, "range": "output"}, true_sequential=False
     ),
+    "int4 per channel, gptq, output range, original outputs": matched(CHANNEL),
     "int4 groups of 64, to nearest": rounded(GROUP),
     "int4 groups of 64, mse range": rounded(GROUP, "mse"),
     "int4 groups of 64, awq": awq(GROUP),
@@ -131,13 +137,18 @@ RECIPES: dict[str, list[Any]] = {
     "int4 groups of 64, gptq, not true-sequential": gptq(GROUP, true_sequential=False),
     "int4 groups of 64, gptq, mse range": gptq({**GROUP, "range": "mse"}),
     "int4 groups of 64, gptq, output range": gptq({**GROUP, "range": "output"}),
+    "int4 groups of 64, gptq, output range, original outputs": matched(GROUP),
     "int4 groups of 64 asymmetric, gptq": gptq({**GROUP, "symmetric": False}),
     "int4 groups of 64 asymmetric, gptq, output range": gptq(
         {**GROUP, "symmetric": False, "range": "output"}
     ),
+    "int4 groups of 64 asymmetric, gptq, output range, original outputs": matched(
+        {**GROUP, "symmetric": False}
+    ),
     "int4, 8 groups per head": rounded(PER_HEAD),
     "int4, 8 groups per head, gptq": gptq(PER_HEAD),
     "int4, 8 groups per head, gptq, output range": gptq({**PER_HEAD, "range": "output"}),
+    "int4, 8 groups per head, gptq, output range, original outputs": matched(PER_HEAD),
     "nf4 groups of 64": rounded(weights("nf4", 64)),
     "gobo, 4 bits": [{"gobo": {"bits": 4, **HEAD}}],
     "gobo, 3 bits": [{"gobo": {"bits": 3, **HEAD}}],
@@ -145,6 +156,7 @@ RECIPES: dict[str, list[Any]] = {
     "int3 groups of 64, gptq": gptq(THREE),
     "int3 groups of 64, gptq, mse range": gptq({**THREE, "range": "mse"}),
     "int3 groups of 64, gptq, output range": gptq({**THREE, "range": "output"}),
+    "int3 groups of 64, gptq, output range, original outputs": matched(THREE),
     "fp8 e4m3 per channel": rounded(weights("fp8_e4m3")),
     "fp8 e5m2 per channel": rounded(weights("fp8_e5m2")),
     "W4A8 per token, groups of 64, gptq": [*gptq(GROUP), INT8_TOKENS],
@@ -158,6 +170,11 @@ RECIPES: dict[str, list[Any]] = {
     "W4A4 per token, rotate, gptq, output range": [
         *ROTATE,
         *gptq({**CHANNEL, "range": "output"}),
+        INT4_TOKENS,
+    ],
+    "W4A4 per token, rotate, gptq, output range, original outputs": [
+        *ROTATE,
+        *matched(CHANNEL),
         INT4_TOKENS,
     ],
 }
