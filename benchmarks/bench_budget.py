@@ -27,6 +27,7 @@ EIGHT = {
     "activations": {"dtype": "int8", "granularity": "token"},
 }
 HEAD = {"exclude": ["lm_head"]}
+LOADERS = {"minilm": real_models.load_minilm, "smollm2": real_models.load_smollm2}
 
 
 def caller(model: Any, shape: tuple[int, int]) -> Callable[[], Any]:
@@ -34,8 +35,10 @@ def caller(model: Any, shape: tuple[int, int]) -> Callable[[], Any]:
     return lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
-def study(model: Any, shape: tuple[int, int]) -> dict[str, Any]:
-    options = {"calibration": real_models.prose()[:8], "progress": False}
+def study(model: Any, tokenizer: Any, shape: tuple[int, int]) -> dict[str, Any]:
+    given = {"return_tensors": "pt", "truncation": True, "max_length": 128}
+    texts = [dict(tokenizer(text, **given)) for text in real_models.prose()[:8]]
+    options = {"calibration": texts, "progress": False}
     fast = fxopt.optimize(model, ["canonicalize", {"quantize": {**EIGHT, **HEAD}}], **options)
     ends = bench_models.alternate(caller(model, shape), caller(fast, shape), 30)
     budget = (ends["original_ms"] + ends["optimized_ms"]) / 2
@@ -69,15 +72,15 @@ def study(model: Any, shape: tuple[int, int]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=["minilm", "smollm2"], action="append")
+    parser.add_argument("--model", choices=LOADERS, action="append")
     parser.add_argument("--shape", type=int, nargs=2, default=(1, 128))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in options.model or ["minilm", "smollm2"]:
-        model, _ = {"minilm": real_models.load_minilm, "smollm2": real_models.load_smollm2}[name]()
+    for name in options.model or LOADERS:
+        model, tokenizer = LOADERS[name]()
         batch, length = options.shape
-        found = study(model, (batch, length))
+        found = study(model, tokenizer, (batch, length))
         results[f"{name} {batch}x{length}"] = found
         Console().print(name, {k: v for k, v in found.items() if k != "frontier"})
         if options.write:

@@ -13,7 +13,6 @@ from fxopt.analysis.samples import Sample
 from fxopt.ir.program import Program
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult
 from fxopt.passes.equivalence.awq_scale import AwqScale
-from fxopt.passes.equivalence.centre_keys import CentreKeys
 from fxopt.passes.equivalence.equalize import Equalize
 from fxopt.passes.equivalence.fold_norm import FoldNorm
 from fxopt.passes.equivalence.permute_ffn import PermuteFfn
@@ -105,7 +104,7 @@ def all_inputs(program: Program) -> set[str]:
         FoldNorm(bias=False),
         Peg(groups=4),
         Untie(),
-        CentreKeys(),
+        Rotate(residual=False, values=False, online=False, keys=True),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -177,7 +176,6 @@ class Counted:
         ([AwqScale(), Quantize(WeightOptions("int4", "group", 16, range="output"))], 1),
         ([Peg(4), Quantize(activations=STATIC, exclude=("*q_proj",)),
           Quantize(activations=STATIC)], 1),
-        ([CentreKeys(), SmoothQuant(), Quantize(activations=STATIC)], 1),
         # A histogram of all channels does not say what a scale for each makes of it.
         ([SmoothQuant(), Quantize(activations=PERCENTILE)], 2),
         ([SmoothQuant(), Quantize(activations=AVERAGE)], 2),

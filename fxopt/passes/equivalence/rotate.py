@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxopt.analysis.relations import Kind
-from fxopt.analysis.symmetry import Symmetry, symmetries
+from fxopt.analysis.relations import Kind, Unit
+from fxopt.analysis.symmetry import Symmetries, Symmetry, symmetries
 from fxopt.ir.hadamard import rotation_matrix
 from fxopt.ir.program import Level, Program
 from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
@@ -57,8 +57,10 @@ class Rotate(Pass):
         if any(record.name == self.name for record in program.history):
             changes.refuse("(model)", "it is rotated already; a second rotation gains nothing")
             return changes.result()
-        found = symmetries(program, Kind.ROTATE)
         wanted = {"residual": self.residual, "value": self.values}
+        found = Symmetries(Kind.ROTATE, Unit.CHANNEL)
+        if any(wanted.values()):
+            found = symmetries(program, Kind.ROTATE)
         rotated: set[tuple[str, int]] = set()
         # Numbered among themselves: an axis that is not rotated changes no other's signs.
         chosen = [symmetry for symmetry in found if wanted.get(symmetry.role, False)]

@@ -211,7 +211,9 @@ class _Rounding:
                 tokens=sum(int(part.any(1).sum()) for part in rows),
                 mean=_mean(rows),
                 original_mean=_mean(rows if original is None else original),
-                change=InputChange(original, rows) if original is not None and alike else None,
+                change=InputChange(original, rows, h.moments)
+                if original is not None and alike
+                else None,
             )
         self._note(module_path(node) or node.name, self.latest.tokens, self.latest.hessian)
         return self.latest

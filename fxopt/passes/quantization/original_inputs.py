@@ -1,7 +1,7 @@
 """Weights whose outputs are those of the original model, on inputs that rounding has changed.
 
-    minimize || X W^T - Y V^T ||^2 + ridge mean(diag Y^T Y) || V - W ||^2
-    V = W + W (X - Y)^T Y (Y^T Y + ridge mean(diag Y^T Y) I)^-1
+    minimize || X W^T - Y V^T ||^2 + ridge mean(diag H) || V - W ||^2,    H = Y^T Y
+    V = W + W (X - Y)^T Y (H + ridge mean(diag H) I)^-1
 
 Shapes: X [tokens, in] is what the original model gives a linear, Y [tokens, in] what the rounded
     linears before it give; W and V [out, in]. Then || X W^T - Y Q^T ||^2 is || Y V^T - Y Q^T ||^2
@@ -63,21 +63,28 @@ class OriginalInputs:
 
 
 class InputChange:
-    """How the inputs of linears have changed: (X - Y)^T Y (Y^T Y + ridge mean I)^-1, [in, in]."""
+    """How the inputs of linears have changed: (X - Y)^T Y (H + ridge mean(diag H) I)^-1, [in, in].
 
-    def __init__(self, original: Sequence[Tensor], present: Sequence[Tensor]) -> None:
-        width = present[0].shape[1]
-        cross, moments = torch.zeros(2, width, width, dtype=torch.float64)
+    Args:
+        original, present: X and Y, batch by batch. A token that only the rounded model sends to an
+            expert has zeros in X, and the outputs of the original weight are its aim.
+        moments: H, the second moments of Y.
+    """
+
+    def __init__(
+        self, original: Sequence[Tensor], present: Sequence[Tensor], moments: Tensor
+    ) -> None:
+        cross = torch.zeros_like(moments)
         for x, y in zip(original, present, strict=True):
-            x, y = _both(x.float(), y.float())
-            cross += ((x - y).T @ y).double()
-            moments += (y.T @ y).double()
+            wide = y.float()
+            change = (x.float() - wide).mul_(x.any(1, keepdim=True))
+            cross += (change.T @ wide).double()
         self._factor: Tensor | None = None
         self._cross = cross
         if bool(cross.any()):
-            ridge = RIDGE * moments.diagonal().mean()
-            moments.diagonal().add_(ridge)
-            self._factor = torch.linalg.cholesky(moments)
+            ridged = moments.clone()
+            ridged.diagonal().add_(RIDGE * moments.diagonal().mean())
+            self._factor = torch.linalg.cholesky(ridged)
 
     def make_up(self, weight: Tensor) -> Tensor:
         """V of W; W itself where nothing has changed."""
@@ -86,9 +93,3 @@ class InputChange:
         wide = weight.double()
         change = torch.cholesky_solve((wide @ self._cross).T, self._factor).T
         return (wide + change).to(weight.dtype)
-
-
-def _both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that both models give a linear: a router may send others to an expert now."""
-    given = x.any(1) & y.any(1)
-    return (x, y) if bool(given.all()) else (x[given], y[given])

@@ -33,6 +33,7 @@ def test_keys_turn_behind_rotary_embedding():
     after = run(canonical("llama"), Rotate(residual=False, values=False, online=False, keys=True))
     assert kinds(after) == ["R3", "R3"]
     assert len(after.nodes(torch.ops.fxopt.hadamard.default)) == 4  # queries and keys
+    assert not after.history[-1].refusals  # of what was not asked for
 
 
 def test_a_gain_that_is_not_folded_stands_in_the_way():
