@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 
 import fxopt
 from fxopt.analysis.calibration import collect, linear_inputs
@@ -10,6 +11,7 @@ from fxopt.analysis.execution import run
 from fxopt.analysis.lockstep import Lockstep
 from fxopt.analysis.output_error import OutputError
 from fxopt.analysis.samples import RealTokens, Sample
+from fxopt.errors import CalibrationError
 from fxopt.ir.program import Program, module_path
 from fxopt.pipeline.data import calibration_samples
 from tests.models import canonical_program
@@ -167,3 +169,25 @@ def test_errors_and_perplexity_are_over_the_decoders_tokens():
     uniform = torch.tensor(exact[index].shape[-1]).log()
     expected = float((uniform - before).exp() - 1)
     assert judge.perplexity_rise([changed]) == pytest.approx(expected, rel=1e-5)
+
+
+class ScoreOfText(nn.Module):
+    """One score for each text: it predicts no tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(16, 8), nn.Linear(8, 1)
+
+    def forward(self, input_ids):
+        return {"logits": self.head(self.embed(input_ids)).mean((1, 2))}
+
+
+def test_a_score_for_each_text_has_no_perplexity():
+    ids = torch.arange(10).reshape(2, 5)
+    program = fxopt.capture(ScoreOfText(), {"input_ids": ids})
+    exact = run(program, [ids])
+    judge = OutputError.of(program, [Sample([ids], None)], [exact])
+    assert judge.logits == {0: True}
+    assert judge.token_ids is None
+    with pytest.raises(CalibrationError, match="perplexity needs logits over the vocabulary"):
+        judge.perplexity_rise([exact])
