@@ -93,6 +93,10 @@ class Lockstep:
             )
         return found
 
+    def value_of_weight(self, node: Node) -> Tensor:
+        """What a node gives that depends on weights alone."""
+        return self._load(node, {}, {})
+
     @torch.no_grad()
     def outputs(self, start: Node, instead: Mapping[Node, Instead]) -> Iterator[list[Tensor]]:
         """What each batch would give if some nodes from `start` on were computed in another way.

@@ -34,6 +34,8 @@ if __name__ == "fxopt.kernels":
         linear_w4a16,
         linear_w8a8,
         linear_w8a16,
+        moe_w4a16,
+        moe_w8a16,
         norm_quantize,
         quantize_per_token,
     )
@@ -59,6 +61,8 @@ __all__ = [
     "linear_w4a16",
     "linear_w8a8",
     "linear_w8a16",
+    "moe_w4a16",
+    "moe_w8a16",
     "native_status",
     "norm_quantize",
     "quantize_per_token",

@@ -7,6 +7,7 @@ from fxopt.errors import KernelError
 
 __all__ = [
     "check_bias",
+    "check_experts",
     "check_floating",
     "check_int8_weight",
     "check_pre_scale",
@@ -55,6 +56,20 @@ def check_bias(bias: Tensor | None, n: int) -> None:
     if bias.numel() != n:
         raise KernelError(f"bias must have N = {n} elements, got {list(bias.shape)}")
     check_floating(bias.dtype, "bias")
+
+
+def check_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    """Raise a KernelError unless x is [T, K], both routings [T, k], and as many experts twice."""
+    check_floating(x.dtype, "x")
+    if x.dim() != 2 or index.dim() != 2 or index.shape != weight.shape or len(index) != len(x):
+        raise KernelError(
+            f"a mixture needs x [T, K] and two routings [T, k], got {_describe(x)}, "
+            f"{_describe(index)} and {_describe(weight)}"
+        )
+    if gate_up.dim() != 3 or down.dim() != 3 or gate_up.size(0) != down.size(0):
+        raise KernelError(
+            f"a mixture needs weights [E, out, in], got {_describe(gate_up)} and {_describe(down)}"
+        )
 
 
 def check_weight_sum(weight_sum: Tensor | None, weight: Tensor) -> None:

@@ -8,6 +8,7 @@ from fxopt.lowering.elementwise import (
     GeluGate,
     SiluGate,
 )
+from fxopt.lowering.experts import FourBitExperts, Int8Experts
 from fxopt.lowering.feed_forward import GatedMlp, Mlp
 from fxopt.lowering.four_bit import FourBitLinear
 from fxopt.lowering.norm_quantize import QuantizeInNorm
@@ -28,6 +29,8 @@ INTEGER: tuple[LoweringRule, ...] = (
     StaticLinear(),
     WeightOnlyLinear(),
     FourBitLinear(),
+    Int8Experts(),
+    FourBitExperts(),
     Int8Embedding(),
 )
 PROLOGUES: tuple[LoweringRule, ...] = (DynamicPreScale(), StaticPreScale())

@@ -36,67 +36,23 @@ class FourBitLinear(LoweringRule):
     def check(self, program: Program, match: Match) -> str | None:
         if match.x.target is ops.dequantize.default:
             return "the activation is quantized too"
-        read = read_codes(match.weight)
-        if read is not None and read.table is not None:
-            entries = program.weight(str(read.table.target))
-            if entries.numel() > _CODES:
-                return f"a table {list(entries.shape)}; the kernel takes {_CODES} values"
-        return None
+        return large_table(program, read_codes(match.weight))
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         read = read_codes(match.weight)
         assert read is not None  # noqa: S101 - `condition` looked
-        name = str(read.codes.target)
-        rows, groups = shape_of(match.weight)[0], read.groups
-        scale, zero = (self._per_row(build, part, rows, groups) for part in (read.scale, read.zero))
-        if scale is None:
-            scale = build.weight(f"{name}_ones", torch.ones(rows, 1))
+        scale, zero = scale_and_zero_point(build, read)
         return build.call(
             ops.linear_w4a16.default,
             match.x,
-            self._four_bits(build, read),
+            four_bit_codes(build, read),
             scale,
             zero,
             match.bias,
             "none",
-            self._table(build, read),
+            value_table(build, read),
             *self._outliers(build, read),
         )
-
-    def _four_bits(self, build: Builder, read: "ReadCodes") -> Node:
-        """The codes in four bits; fewer are widened, so that two always share a byte."""
-        if read.bits == _BITS:
-            return read.codes
-        name = str(read.codes.target)
-        codes = ops.unpack(build.program.weight(name), read.bits, read.length, False)
-        return build.weight(f"{name}_nibbles", ops.pack(codes, _BITS))
-
-    def _per_row(
-        self, build: Builder, parameter: Node | None, rows: int, groups: int
-    ) -> Node | None:
-        """A parameter of blocks as one of [rows, groups]."""
-        if parameter is None:
-            return None
-        name = str(parameter.target)
-        value = build.program.weight(name)
-        if tuple(value.shape) == (rows, groups):
-            return parameter
-        spread = value.repeat_interleave(rows // value.shape[0], 0)
-        return build.weight(f"{name}_rows", spread.contiguous())
-
-    def _table(self, build: Builder, read: "ReadCodes") -> Node:
-        """Sites share a table of integers, so that siblings can be merged."""
-        if read.table is None:
-            codes = torch.arange(1 << read.bits)
-            values = torch.where(codes < len(codes) // 2, codes, codes - len(codes))
-            name = f"{CONSTANTS}int{read.bits}_values"
-        else:
-            name = str(read.table.target)
-            values = build.program.weight(name).flatten()
-            name = f"{name}_values"
-        padded = torch.nn.functional.pad(values.float(), (0, _CODES - len(values)))
-        known = build.program.weights()
-        return build.read(name) if name in known else build.weight(name, padded)
 
     def _outliers(self, build: Builder, read: "ReadCodes") -> list[Node | None]:
         """Outliers by row, as what they add to the value of their code."""
@@ -142,7 +98,7 @@ def read_codes(weight: Node) -> ReadCodes | None:
     plain, groups = node, 1
     if node.target is ops.dequantize.default:
         inner, scale, zero, block = node.args[:4]
-        groups = block_counts(shape_of(node), block)[1]
+        groups = block_counts(shape_of(node), block)[-1]
         node = inner
     if node.target is ops.lookup.default:
         node, table, block = node.args
@@ -152,3 +108,59 @@ def read_codes(weight: Node) -> ReadCodes | None:
         return None
     codes, bits, length = node.args[:3]
     return ReadCodes(plain, codes, bits, length, table, scale, zero, groups, positions, outliers)
+
+
+def large_table(program: Program, read: ReadCodes | None) -> str | None:
+    """Why the table of a weight does not fit the kernel, or None."""
+    if read is None or read.table is None:
+        return None
+    entries = program.weight(str(read.table.target))
+    if entries.numel() <= _CODES:
+        return None
+    return f"a table {list(entries.shape)}; the kernel takes {_CODES} values"
+
+
+def four_bit_codes(build: Builder, read: ReadCodes) -> Node:
+    """The codes in four bits; fewer are widened, so that two always share a byte."""
+    if read.bits == _BITS:
+        return read.codes
+    name = str(read.codes.target)
+    codes = ops.unpack(build.program.weight(name), read.bits, read.length, False)
+    return build.weight(f"{name}_nibbles", ops.pack(codes, _BITS))
+
+
+def scale_and_zero_point(build: Builder, read: ReadCodes) -> tuple[Node, Node | None]:
+    """Both as [..., rows, groups]; without scales ones."""
+    shape = (*shape_of(read.codes)[:-1], read.groups)
+    scale, zero = (_per_row(build, part, shape) for part in (read.scale, read.zero))
+    if scale is None:
+        ones = torch.ones(*shape[:-1], 1)
+        scale = build.weight(f"{read.codes.target}_ones", ones)
+    return scale, zero
+
+
+def _per_row(build: Builder, parameter: Node | None, shape: tuple[int, ...]) -> Node | None:
+    """A parameter of blocks as one of [..., rows, groups]."""
+    if parameter is None:
+        return None
+    name = str(parameter.target)
+    value = build.program.weight(name)
+    if tuple(value.shape) == shape:
+        return parameter
+    spread = value.repeat_interleave(shape[-2] // value.shape[-2], -2)
+    return build.weight(f"{name}_rows", spread.contiguous())
+
+
+def value_table(build: Builder, read: ReadCodes) -> Node:
+    """The value of each code; sites share a table of integers, so that siblings can be merged."""
+    if read.table is None:
+        codes = torch.arange(1 << read.bits)
+        values = torch.where(codes < len(codes) // 2, codes, codes - len(codes))
+        name = f"{CONSTANTS}int{read.bits}_values"
+    else:
+        name = str(read.table.target)
+        values = build.program.weight(name).flatten()
+        name = f"{name}_values"
+    padded = torch.nn.functional.pad(values.float(), (0, _CODES - len(values)))
+    known = build.program.weights()
+    return build.read(name) if name in known else build.weight(name, padded)

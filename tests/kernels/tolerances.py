@@ -31,6 +31,17 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
         torch.bfloat16: 4 * ULP[torch.bfloat16],
         torch.float16: ULP[torch.float16],
     },
+    # Three roundings of linears and the sum over experts, in the dtype of the input.
+    "moe_w8a16": {
+        torch.float32: 4e-5,
+        torch.bfloat16: 8 * ULP[torch.bfloat16],
+        torch.float16: 4 * ULP[torch.float16],
+    },
+    "moe_w4a16": {
+        torch.float32: 4e-5,
+        torch.bfloat16: 12 * ULP[torch.bfloat16],
+        torch.float16: 4 * ULP[torch.float16],
+    },
     "fused_rms_norm": {**ULP, torch.float32: 2e-6},
     "add_layer_norm": {**ULP, torch.float32: 5e-6},
     "norm_quantize": {**ULP, torch.float32: 5e-6},

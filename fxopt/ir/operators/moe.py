@@ -1,5 +1,6 @@
 """fxopt::moe: a mixture of experts after routing, and the activations it knows."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,48 @@ def activate(x: Tensor, activation: str) -> Tensor:
             )
 
 
+# What a linear of an expert gives, from the rows it is shown and the expert's number.
+ExpertLinear = Callable[[Tensor, int], Tensor]
+
+
+def expert_hidden(product: Tensor, activation: str, gated: bool) -> Tensor:
+    """What lies between the linears of an expert, [n, ff], from the first one's output."""
+    if not gated:
+        return activate(product, activation)
+    gate, up = product.chunk(2, -1)
+    return activate(gate, activation) * up
+
+
+def mix_experts(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    down: Tensor,
+    first: ExpertLinear,
+    second: ExpertLinear,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """The outputs of the experts that each token chose, weighed and summed; `down` tells sizes."""
+    result = torch.zeros(x.shape[0], down.shape[1], dtype=x.dtype, device=x.device)
+    for expert in expert_index.unique().tolist():
+        if expert >= down.shape[0]:  # a token that is routed to no expert here
+            continue
+        token, choice = torch.where(expert_index == expert)
+        hidden = expert_hidden(first(x[token], expert), activation, gated)
+        out = second(hidden, expert)
+        result.index_add_(0, token, (out * expert_weight[token, choice, None]).to(x.dtype))
+    return result
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> ExpertLinear:
+    def linear(rows: Tensor, expert: int) -> Tensor:
+        own = None if bias is None else bias[expert]
+        return torch.nn.functional.linear(rows, weight[expert], own)
+
+    return linear
+
+
 def _moe(
     x: Tensor,
     expert_index: Tensor,
@@ -50,24 +93,8 @@ def _moe(
     activation: str,
     gated: bool,
 ) -> Tensor:
-    result = torch.zeros(x.shape[0], down.shape[1], dtype=x.dtype, device=x.device)
-    for expert in expert_index.unique().tolist():
-        if expert >= gate_up.shape[0]:  # a token that is routed to no expert here
-            continue
-        token, choice = torch.where(expert_index == expert)
-        hidden = torch.nn.functional.linear(
-            x[token], gate_up[expert], None if gate_up_bias is None else gate_up_bias[expert]
-        )
-        if gated:
-            gate, up = hidden.chunk(2, -1)
-            hidden = activate(gate, activation) * up
-        else:
-            hidden = activate(hidden, activation)
-        out = torch.nn.functional.linear(
-            hidden, down[expert], None if down_bias is None else down_bias[expert]
-        )
-        result.index_add_(0, token, (out * expert_weight[token, choice, None]).to(x.dtype))
-    return result
+    first, second = _linear(gate_up, gate_up_bias), _linear(down, down_bias)
+    return mix_experts(x, expert_index, expert_weight, down, first, second, activation, gated)
 
 
 def _moe_fake(x: Tensor, expert_index: Tensor, weight: Tensor, up: Tensor, down: Tensor, *_: Any):

@@ -25,7 +25,7 @@ from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
 from fxopt.passes.quantization.codebook import learn_codebook, outlier_mask
 from fxopt.passes.quantization.parts import store_parts
 from fxopt.passes.quantization.sites import kind_of, not_selected, other_weights, unquantizable
-from fxopt.passes.quantization.weights import free_name, weight_index, weight_node
+from fxopt.passes.quantization.weights import free_name, weight_indices, weight_node
 from fxopt.rewrite.builder import Builder
 
 aten = torch.ops.aten
@@ -65,13 +65,13 @@ class Gobo(Pass):
         done: dict[str, _Stored | str] = {}
         store_parts(program, self.include, self.exclude, self.name)
         for node in program.nodes():
-            if kind_of(node) is None:
+            if kind_of(node) not in ("linear", "embedding"):
                 continue
             path = module_path(node)
             found = self._impossible(program, node)
             if found is None:
                 context.progress(path)
-                weight = weight_node(node, weight_index(node))
+                weight = weight_node(node, *weight_indices(node))
                 assert weight is not None  # noqa: S101 - `unquantizable` looked
                 name = str(weight.target)
                 found = done[name] = done.get(name) or self._store(program, name)
@@ -79,7 +79,8 @@ class Gobo(Pass):
                 refusals.append(Refusal(path or node.name, found))
                 continue
             read = self._read(Builder(program, node, self.name), found)
-            node.update_arg(weight_index(node), read)
+            (index,) = weight_indices(node)
+            node.update_arg(index, read)
             sites.append(Site(path, found.detail, node.name))
         return PassResult(tuple(sites), tuple(refusals + other_weights(program)), activations={})
 

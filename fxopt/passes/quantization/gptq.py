@@ -20,7 +20,6 @@ Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -29,11 +28,13 @@ from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
 from fxopt.passes.quantization.bias_correction import correct_bias
-from fxopt.passes.quantization.compensation import Hessian, compensated, hessian
+from fxopt.passes.quantization.compensation import Compensated, Hessian
+from fxopt.passes.quantization.gptq_experts import Rows, expert_of, round_experts
 from fxopt.passes.quantization.grid import encode_by_rows
 from fxopt.passes.quantization.options import WeightOptions
-from fxopt.passes.quantization.original_inputs import InputChange, OriginalInputs
+from fxopt.passes.quantization.original_inputs import OriginalInputs
 from fxopt.passes.quantization.parts import store_parts
+from fxopt.passes.quantization.seen_inputs import SeenInputs
 from fxopt.passes.quantization.sites import (
     kind_of,
     mark_heads,
@@ -41,8 +42,16 @@ from fxopt.passes.quantization.sites import (
     unquantizable,
     weight_options,
 )
-from fxopt.passes.quantization.weights import StoredWeight, read_weight, store_weight, weight_node
+from fxopt.passes.quantization.weights import (
+    StoredWeight,
+    read_weight,
+    store_weight,
+    weight_indices,
+    weight_node,
+)
 from fxopt.rewrite.builder import Builder
+
+_ROUNDED = ("linear", "experts")
 
 
 @register("gptq")
@@ -100,23 +109,6 @@ class Gptq(Pass):
         )
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What linears that share an input know of it."""
-
-    source: Node
-    hessian: Hessian
-    tokens: int  # that are not zero
-    mean: Tensor
-    original_mean: Tensor
-    change: InputChange | None
-
-
-def _mean(rows: Sequence[Tensor]) -> Tensor:
-    total = torch.stack([part.sum(0, dtype=torch.float64) for part in rows]).sum(0)
-    return total / max(1, sum(len(part) for part in rows))
-
-
 class _Rounding:
     """One run of the pass over a program."""
 
@@ -130,44 +122,47 @@ class _Rounding:
         self.notes: list[str] = []
         self.done: dict[str, StoredWeight] = {}
         # Linears that share an input follow each other.
-        self.latest: _Inputs | None = None
+        self.latest: tuple[Node, SeenInputs] | None = None
         linears = self.rounded()
         matched = settings.match_original and settings.true_sequential
         self.original = OriginalInputs(program, context.samples, linears) if matched else None
 
     def visit(self, node: Node) -> None:
-        """Round a linear before it is computed, or (not true_sequential) after."""
-        if kind_of(node) != "linear":
+        """Round a linear or experts before they are computed, or (not true_sequential) after."""
+        if kind_of(node) not in _ROUNDED:
             return
-        path = module_path(node)
+        path = module_path(node) or node.name
         settings = self.settings
         options = self._options(node)
         if isinstance(options, str):
-            self.refusals.append(Refusal(path or node.name, options))
+            self.refusals.append(Refusal(path, options))
             return
         settings.check_order(options)
         self.context.progress(path)
-        weight = weight_node(node, 1)
-        assert weight is not None  # noqa: S101 - `unquantizable` looked
-        detail = self._round(node, str(weight.target), options)
-        self.sites.append(Site(path, f"{options.describe()}, {detail}", node.name))
+        try:
+            detail = self._store(node, path, options)
+        except CalibrationError as error:
+            raise CalibrationError(f"gptq of {path}: {error}") from error
+        self.sites.append(Site(module_path(node), f"{options.describe()}{detail}", node.name))
         if not settings.true_sequential:
             self.lockstep.compute(node)
         build = Builder(self.program, node, settings.name)
-        stored = self.done[str(weight.target)]
-        node.update_arg(1, read_weight(build, stored, weight.meta["val"].dtype))
-        if settings.bias_correction:
-            inputs = self._inputs(node)
-            means = inputs.mean, inputs.original_mean
-            correct_bias(self.program, build, node, weight, *means)
+        for index in weight_indices(node):
+            weight = self._weight(node, index)
+            stored = self.done[str(weight.target)]
+            node.update_arg(index, read_weight(build, stored, weight.meta["val"].dtype))
+            if settings.bias_correction and kind_of(node) == "linear":
+                inputs = self._inputs(node)
+                means = inputs.mean, inputs.original_mean
+                correct_bias(self.program, build, node, weight, *means)
 
     def rounded(self) -> list[Node]:
-        """The linears that will be rounded."""
-        linears = (node for node in self.program.graph.nodes if kind_of(node) == "linear")
-        return [node for node in linears if not isinstance(self._options(node), str)]
+        """The linears and mixtures of experts that will be rounded."""
+        nodes = (node for node in self.program.graph.nodes if kind_of(node) in _ROUNDED)
+        return [node for node in nodes if not isinstance(self._options(node), str)]
 
     def _options(self, node: Node) -> WeightOptions | str:
-        """How a linear is stored, or why it is left alone."""
+        """How weights are stored, or why they are left alone."""
         settings = self.settings
         reason = not_selected(node, settings.include, settings.exclude)
         options = weight_options(node, settings.weights)
@@ -175,48 +170,66 @@ class _Rounding:
             return reason or "allocate-bits leaves it in floating point"
         return reason or unquantizable(self.program, node, options) or options
 
-    def _round(self, node: Node, name: str, options: WeightOptions) -> str:
-        """Store the rounded weight, unless a tied linear did; what the report says of it."""
-        if name in self.done:
-            return "tied to one before it"
-        settings = self.settings
-        try:
-            inputs = self._inputs(node)
-        except CalibrationError as error:
-            raise CalibrationError(f"gptq of {module_path(node) or node.name}: {error}") from error
-        weight = self.program.weight(name)
-        found = compensated(
-            weight if inputs.change is None else inputs.change.make_up(weight),
-            options,
-            inputs.hessian,
-            settings.block_size,
-            settings.static_groups,
-        )
+    def _weight(self, node: Node, index: int) -> Node:
+        weight = weight_node(node, index)
+        assert weight is not None  # noqa: S101 - `unquantizable` looked
+        return weight
+
+    def _store(self, node: Node, path: str, options: WeightOptions) -> str:
+        """Store the rounded weights, unless a tied site did; what the report says of them."""
+        names = [str(self._weight(node, index).target) for index in weight_indices(node)]
+        if all(name in self.done for name in names):
+            return ", tied to one before it"
+        if kind_of(node) == "experts":
+            return self._store_experts(node, path, names, options)
+        inputs = self._inputs(node)
+        self._note(path, inputs.tokens, inputs.hessian)
+        (name,) = names
+        found = self._compensated(inputs, self.program.weight(name), options)
         codes = encode_by_rows(found.grid, found.values)
         self.done[name] = store_weight(self.program, name, codes, found.grid)
-        return f"output error {found.share:.2f}x of rounding to nearest"
+        return f", output error {found.share:.2f}x of rounding to nearest"
 
-    def _inputs(self, node: Node) -> "_Inputs":
+    def _store_experts(
+        self, node: Node, path: str, names: Sequence[str], options: WeightOptions
+    ) -> str:
+        source, chosen = node.args[:2]
+        assert isinstance(source, Node)  # noqa: S101 - a mixture reads tensors
+        assert isinstance(chosen, Node)  # noqa: S101
+        count = len(self.program.weight(names[0]))
+        found = round_experts(
+            [expert_of(node, self.lockstep.value_of_weight, i) for i in range(count)],
+            (self.lockstep.rows(source), self._original_rows(node)),
+            self.lockstep.rows(chosen),
+            options,
+            self._seen,
+            lambda inputs, weight: self._compensated(inputs, weight, options),
+            self.settings.true_sequential,
+        )
+        for name, (grid, codes) in zip(names, found.stacks(), strict=True):
+            self.done[name] = store_weight(self.program, name, codes, grid)
+        self.notes += found.notes(path)
+        return f" of each expert, {found.detail()}"
+
+    def _compensated(
+        self, inputs: SeenInputs, weight: Tensor, options: WeightOptions
+    ) -> Compensated:
+        settings = self.settings
+        return inputs.rounded(weight, options, settings.block_size, settings.static_groups)
+
+    def _inputs(self, node: Node) -> SeenInputs:
         source = node.args[0]
         assert isinstance(source, Node)  # noqa: S101 - a linear reads a tensor
-        if self.latest is None or self.latest.source is not source:
+        if self.latest is None or self.latest[0] is not source:
             rows = self.lockstep.rows(source)
-            h = hessian(rows, self.settings.damping, self.settings.act_order)
-            original = None if self.original is None else self.original.rows(node)
-            alike = original is not None and [len(x) for x in original] == [len(y) for y in rows]
-            self.latest = _Inputs(
-                source=source,
-                hessian=h,
-                # An expert is shown zeros in place of the tokens that are routed elsewhere.
-                tokens=sum(int(part.any(1).sum()) for part in rows),
-                mean=_mean(rows),
-                original_mean=_mean(rows if original is None else original),
-                change=InputChange(original, rows, h.moments)
-                if original is not None and alike
-                else None,
-            )
-        self._note(module_path(node) or node.name, self.latest.tokens, self.latest.hessian)
-        return self.latest
+            self.latest = source, self._seen((rows, self._original_rows(node)))
+        return self.latest[1]
+
+    def _original_rows(self, node: Node) -> list[Tensor] | None:
+        return None if self.original is None else self.original.rows(node)
+
+    def _seen(self, rows: Rows) -> SeenInputs:
+        return SeenInputs.of(*rows, self.settings.damping, self.settings.act_order)
 
     def _note(self, path: str, tokens: int, h: Hessian) -> None:
         inputs = len(h.order)

@@ -124,6 +124,29 @@ def encode_by_rows(grid: Grid, x: Tensor) -> Tensor:
     return codes
 
 
+def encoded(x: Tensor, options: WeightOptions, loss: Loss | None = None) -> tuple[Grid, Tensor]:
+    """Grid and codes of a weight [out, in], or of a stack [E, out, in] of weights one by one."""
+    if x.dim() == 3:
+        return stacked([encoded(weight, options, loss) for weight in x])
+    grid = choose_grid(x, options, loss)
+    return grid, encode_by_rows(grid, x)
+
+
+def stacked(parts: Sequence[tuple[Grid, Tensor]]) -> tuple[Grid, Tensor]:
+    """Grids and codes of weights of one shape and format as those of their stack."""
+    first = parts[0][0]
+    zeros = [grid.zero_point for grid, _ in parts if grid.zero_point is not None]
+    grid = Grid(
+        first.format,
+        [1, *first.block],
+        torch.stack([grid.scale for grid, _ in parts]),
+        torch.stack(zeros) if zeros else None,
+        first.low,
+        first.high,
+    )
+    return grid, torch.stack([codes for _, codes in parts])
+
+
 def _rows(grid: Grid, first: int, last: int) -> Grid:
     zero = None if grid.zero_point is None else grid.zero_point[first:last]
     return Grid(grid.format, grid.block, grid.scale[first:last], zero, grid.low, grid.high)

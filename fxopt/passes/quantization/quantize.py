@@ -5,6 +5,7 @@
 
 Shapes: linear weight [out, in], one scale per tensor, out-channel [out, 1], group of g inputs
     [out, in / g] or block of outputs and inputs, of which [g, -1] is a group of g output rows;
+    experts [E, out, in] one by one;
     activation [..., in], one scale per token [..., 1], per tensor or per group of embedding
     dimensions [K]; embedding table [rows, d], one scale per row or group of a row. Codes of less
     than 8 bits are packed. Without `weights`, activations of linears alone are rounded.
@@ -50,7 +51,7 @@ from fxopt.passes.quantization.sites import (
 from fxopt.passes.quantization.weights import (
     StoredWeight,
     quantize_weight,
-    weight_index,
+    weight_indices,
     weight_node,
 )
 from fxopt.rewrite.builder import Builder
@@ -142,7 +143,7 @@ class Quantize(Pass):
         return any(option is not None for option in chosen)
 
     def _weight_options(self, node: Node) -> WeightOptions | None:
-        if kind_of(node) == "linear":
+        if kind_of(node) != "embedding":
             return weight_options(node, self.weights)
         return None if self.embeddings is None else self.embeddings.as_weight()
 
@@ -155,6 +156,8 @@ class Quantize(Pass):
     def _impossible(self, program: Program, node: Node) -> str | None:
         options, activations = self._weight_options(node), self._activation_options(node)
         if options is None and activations is None:
+            if kind_of(node) == "experts":
+                return "activations of experts are not rounded"
             return "allocate-bits leaves it in floating point"
         misfit = None if activations is None else activations.misfit(width_of(node))
         if options is not None:
@@ -178,17 +181,31 @@ class Quantize(Pass):
         options = self._weight_options(node)
         if options is None:
             return []
-        linear, exact = kind_of(node) == "linear", weight_node(node, weight_index(node))
-        rows = _observed("rows", node, context) if linear and self._judges_output() else None
-        weight = quantize_weight(program, build, node, options, done, rows)
-        node.update_arg(weight_index(node), weight)
-        if not linear:
+        kind, indices = kind_of(node), weight_indices(node)
+        exact = weight_node(node, indices[0])
+        judged = kind == "linear" and self._judges_output()
+        rows = _observed("rows", node, context) if judged else None
+        for index in indices:
+            weight = quantize_weight(program, build, node, index, options, done, rows)
+            node.update_arg(index, weight)
+        if kind == "embedding":
             return [options.describe("row").replace(" weight ", " table ")]
+        if kind == "experts":
+            return self._of_experts(options)
         details = [options.describe()]
         if self.bias_correction and exact is not None:
             mean = _observed("mean", node, context)
             details += ["bias corrected"] * correct_bias(program, build, node, exact, mean)
         return details
+
+    def _of_experts(self, options: WeightOptions) -> list[str]:
+        """What the report says of experts, whose inputs calibration does not tell apart."""
+        details = [f"{options.describe()} of each expert"]
+        if self._judges_output():
+            details.append("ranges of the least error of the weight")
+        if self.activations is not None:
+            details.append("activations in floating point")
+        return details + ["biases as they were"] * self.bias_correction
 
     def _activation(self, build: Builder, node: Node, context: Context) -> list[str]:
         options = self._activation_options(node)

@@ -1,4 +1,4 @@
-"""Where quantization can act: the linears and embeddings a recipe selects, and what forbids it."""
+"""Where quantization can act: what a recipe selects of the weights, and what forbids it."""
 
 import fnmatch
 from collections import Counter
@@ -12,10 +12,15 @@ from fxopt.analysis.heads import HeadAxis, head_axes
 from fxopt.ir.program import Program, Refusal, dtype_of, module_path
 from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.quantization.options import Choice, WeightOptions
-from fxopt.passes.quantization.weights import weight_index, weight_node
+from fxopt.passes.quantization.weights import weight_indices, weight_node
 
 aten = torch.ops.aten
-Kind = Literal["linear", "embedding"]
+Kind = Literal["linear", "embedding", "experts"]
+_KINDS: dict[Any, Kind] = {
+    aten.linear.default: "linear",
+    aten.embedding.default: "embedding",
+    torch.ops.fxopt.moe.default: "experts",
+}
 # Under this key of a node's meta, `allocate-bits` leaves its choice for a linear.
 CHOICE = "quantization_choice"
 # Under this one, `mark_heads` leaves where heads stand in its weight.
@@ -25,10 +30,8 @@ _LARGE = 4096
 
 
 def kind_of(node: Node) -> Kind | None:
-    """Whether a node is a linear or an embedding."""
-    if node.target is aten.linear.default:
-        return "linear"
-    return "embedding" if node.target is aten.embedding.default else None
+    """Whether a node is a linear, an embedding or a mixture of experts."""
+    return _KINDS.get(node.target)
 
 
 def not_selected(node: Node, include: Sequence[str], exclude: Sequence[str]) -> str | None:
@@ -37,10 +40,11 @@ def not_selected(node: Node, include: Sequence[str], exclude: Sequence[str]) -> 
     Patterns match the module path of the node and that of the weight it reads, which differ where
     weights are tied.
     """
-    weight = weight_node(node, weight_index(node))
     names = [module_path(node)]
-    if weight is not None:
-        names.append(str(weight.target).rpartition(".")[0])
+    for index in weight_indices(node):
+        weight = weight_node(node, index)
+        if weight is not None:
+            names.append(str(weight.target).rpartition(".")[0])
     if not any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in include):
         return f"not selected by include {list(include)}"
     for pattern in exclude:
@@ -84,34 +88,40 @@ def mark_heads(program: Program, asked: WeightOptions | None) -> None:
 
 
 def unquantizable(program: Program, node: Node, options: WeightOptions | None = None) -> str | None:
-    """Why the weight of a linear or embedding cannot be quantized, or None.
+    """Why the weight of a linear or embedding, or those of experts, cannot be quantized, or None.
 
     Without `options` the weight is not divided into blocks.
     """
-    weight = weight_node(node, weight_index(node))
+    reasons = (_misfit(program, node, index, options) for index in weight_indices(node))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _misfit(program: Program, node: Node, index: int, options: WeightOptions | None) -> str | None:
+    weight = weight_node(node, index)
     if weight is None:
-        source: Any = node.args[weight_index(node)]
+        source: Any = node.args[index]
         if is_stored_weight(source):
             return "already quantized"
         return "the weight is computed in the graph, not stored"
     value = program.weight(str(weight.target))
-    if value.dim() != 2:
-        return f"the weight has shape {list(value.shape)}; two axes are needed"
+    axes = 3 if kind_of(node) == "experts" else 2
+    if value.dim() != axes:
+        return f"the weight has shape {list(value.shape)}; {axes} axes are needed"
     if not value.is_floating_point():
         return f"the weight is {value.dtype}"
-    return None if options is None else options.misfit(tuple(value.shape))
+    return None if options is None else options.misfit(tuple(value.shape[-2:]))
 
 
 def other_weights(program: Program) -> list[Refusal]:
     """Large weights that no rule takes, so that the report shows what stayed."""
     refusals: list[Refusal] = []
-    plain = {aten.linear.default, aten.embedding.default}
     for node in program.graph.nodes:
         dtype = dtype_of(node)
         if node.op != "get_attr" or not node.users or dtype is None or not dtype.is_floating_point:
             continue
         value = program.weight(str(node.target))
-        known = any(user.target in plain or is_stored_weight(user) for user in node.users)
+        plain = (kind_of(user) in ("linear", "embedding") for user in node.users)
+        known = any(plain) or any(is_stored_weight(user) for user in node.users)
         if value.dim() >= 2 and value.numel() >= _LARGE and not known:
             users = ", ".join(sorted({str(user.target) for user in node.users}))
             reason = f"a weight of shape {list(value.shape)} read by {users}"

@@ -8,12 +8,18 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxopt.ir.program import CONSTANTS, Program
-from fxopt.passes.quantization.grid import Grid, choose_grid, encode_by_rows, output_loss
+from fxopt.passes.quantization.grid import Grid, encoded, output_loss
 from fxopt.passes.quantization.options import WeightOptions
 from fxopt.rewrite.builder import Builder
 
 ops = torch.ops.fxopt
 aten = torch.ops.aten
+# Which arguments are weights, [out, in] or of experts [E, out, in].
+_WEIGHTS: dict[Any, tuple[int, ...]] = {
+    aten.linear.default: (1,),
+    aten.embedding.default: (0,),
+    ops.moe.default: (3, 4),
+}
 
 
 @dataclass(frozen=True)
@@ -31,49 +37,57 @@ def weight_node(node: Node, index: int) -> Node | None:
     return weight if isinstance(weight, Node) and weight.op == "get_attr" else None
 
 
-def weight_index(node: Node) -> int:
-    """Which argument of a linear or embedding is its weight."""
-    return 0 if node.target is aten.embedding.default else 1
+def weight_indices(node: Node) -> tuple[int, ...]:
+    """Which arguments of a linear, an embedding or a mixture of experts are its weights."""
+    return _WEIGHTS[node.target]
 
 
 def quantize_weight(
     program: Program,
     build: Builder,
     node: Node,
+    index: int,
     options: WeightOptions,
     done: dict[tuple[Any, ...], StoredWeight],
     rows: Tensor | None = None,
 ) -> Node:
-    """Round the weight of a linear or embedding to its grid; the node that gives its values.
+    """Round the weight that is one argument of a node to its grid; the node that gives its values.
 
     `rows` [n, in] of the linear's input are what `range: output` judges by. A tied weight that two
     sites quantize alike stays one tensor. While another site still reads the floating weight, the
     codes get a name of their own.
     """
-    source = weight_node(node, weight_index(node))
+    source = weight_node(node, index)
     assert source is not None  # noqa: S101 - `unquantizable` looked
     name = str(source.target)
     value = program.weight(name)
     key = (name, options)
     if key not in done:
         loss = None if rows is None else output_loss(rows.T @ rows, options.block)
-        grid = choose_grid(value, options, loss)
-        done[key] = store_weight(program, name, encode_by_rows(grid, value), grid)
+        grid, codes = encoded(value, options, loss)
+        done[key] = store_weight(program, name, codes, grid)
     return read_weight(build, done[key], value.dtype)
 
 
 def store_weight(program: Program, name: str, codes: Tensor, grid: Grid) -> StoredWeight:
-    """Hold the codes [out, in] of a weight, packed where they have less than 8 bits."""
+    """Hold the codes [..., out, in] of a weight, packed where they have less than 8 bits."""
     stored = free_name(program, f"{name}_{grid.format.name}")
     bits = grid.format.bits
     program.set_weight(stored, codes if bits == 8 else ops.pack(codes, bits))
     program.set_weight(f"{stored}_scale", grid.scale)
     if grid.zero_point is not None:
         program.set_weight(f"{stored}_zero_point", grid.zero_point)
-    table = f"{CONSTANTS}{grid.format.name}_table"
+    table = _table_name(grid)
     if grid.format.kind == "codebook" and table not in program.weights():
-        program.set_weight(table, grid.format.codebook().reshape(1, 1, -1))
-    return StoredWeight(stored, grid, codes.shape[1])
+        one = [1] * len(grid.block)
+        program.set_weight(table, grid.format.codebook().reshape(*one, -1))
+    return StoredWeight(stored, grid, codes.shape[-1])
+
+
+def _table_name(grid: Grid) -> str:
+    """Tables have the axes of what is looked up in them."""
+    experts = "_of_experts" * (len(grid.block) > 2)
+    return f"{CONSTANTS}{grid.format.name}_table{experts}"
 
 
 def read_weight(build: Builder, stored: StoredWeight, dtype: torch.dtype) -> Node:
@@ -84,8 +98,8 @@ def read_weight(build: Builder, stored: StoredWeight, dtype: torch.dtype) -> Nod
         bits, signed = grid.format.bits, grid.format.signed
         node = build.call(ops.unpack.default, node, bits, stored.columns, signed)
     if grid.format.kind == "codebook":
-        table = build.read(f"{CONSTANTS}{grid.format.name}_table")
-        node = build.call(ops.lookup.default, node, table, [-1, -1])
+        table = build.read(_table_name(grid))
+        node = build.call(ops.lookup.default, node, table, [-1] * len(grid.block))
     zero = None if grid.zero_point is None else build.read(f"{stored.name}_zero_point")
     scale = build.read(f"{stored.name}_scale")
     return build.call(ops.dequantize.default, node, scale, zero, list(grid.block), dtype)

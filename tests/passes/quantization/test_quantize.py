@@ -436,8 +436,7 @@ def test_without_any_site_the_user_is_warned():
 @pytest.mark.parametrize(
     ("name", "site", "reason"),
     [
-        ("mixtral", "model.layers.0.mlp.experts.gate_up_proj", r"\[4, 128, 32\].*fxopt.moe"),
-        ("mixtral", "model.layers.1.mlp.experts.down_proj", r"\[4, 32, 64\].*fxopt.moe"),
+        ("gptoss", "model.layers.0.mlp.experts.gate_up_proj", r"\[4, 32, 128\].*grouped_mm"),
         ("vit", "embeddings.patch_embeddings.projection.weight", r"\[32, 3, 8, 8\].*conv2d"),
     ],
 )

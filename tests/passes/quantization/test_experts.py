@@ -1,0 +1,237 @@
+"""Experts of a mixture: each is rounded as a linear of its own would be."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.analysis.execution import run as run_program
+from fxopt.analysis.samples import Sample
+from fxopt.ir.operators.moe import expert_hidden
+from fxopt.ir.program import Program, module_path
+from fxopt.ir.stored_codes import is_stored_weight, stored_values
+from fxopt.passes.quantization.allocate_bits import AllocateBits
+from fxopt.passes.quantization.budget import Budget
+from fxopt.passes.quantization.compensation import compensated, hessian
+from fxopt.passes.quantization.gobo import Gobo
+from fxopt.passes.quantization.gptq import Gptq
+from fxopt.passes.quantization.grid import choose_grid
+from fxopt.passes.quantization.options import Choice, WeightOptions
+from fxopt.passes.quantization.quantize import Quantize
+from fxopt.pipeline.data import keyword_inputs
+from fxopt.pipeline.manager import Manager
+from fxopt.pipeline.verify import Verifier
+from fxopt.runtime.folder import read_folder
+from tests.graphs import signature_of
+from tests.models import canonical_program, optimize_zoo
+from tests.passes.quantization.test_gptq import samples_of
+from tests.passes.quantization.test_quantize import TOKEN, refusals
+from tests.tiny import save
+
+ops = torch.ops.fxopt
+MODELS = ["mixtral", "qwen3moe", "granitemoe"]
+GROUPS = {"granularity": "group", "group_size": 8}
+FORMATS = {
+    "int8": WeightOptions(),
+    "int8 tensor": WeightOptions(granularity="tensor"),
+    "int4 asymmetric": WeightOptions("int4", symmetric=False, **GROUPS),
+    "int3 mse": WeightOptions("int3", range="mse", **GROUPS),
+    "int2 rows": WeightOptions("int2", "block", block_size=(4, -1)),
+    "nf4": WeightOptions("nf4", **GROUPS),
+    "fp8": WeightOptions("fp8_e4m3"),
+}
+
+
+def applied(program: Program, *passes, count: int = 8) -> Program:
+    samples = samples_of(program, count)
+    return Manager(Verifier((), mode="off"), samples=lambda: samples).run(program, passes)
+
+
+def weights(program: Program) -> dict[tuple[str, int], Tensor]:
+    """The values of both stacks of each mixture."""
+    return {
+        (module_path(node), index): stored_values(program, node.args[index])
+        for node in program.nodes(ops.moe.default)
+        for index in (3, 4)
+    }
+
+
+def sites(program: Program) -> dict[str, str]:
+    found = program.history[-1].sites
+    return {site.path: site.detail for site in found if site.path.endswith("experts")}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("chosen", FORMATS)
+def test_each_expert_is_rounded_by_itself(model, chosen):
+    before = canonical_program(model)
+    after = applied(before, Quantize(FORMATS[chosen]))
+    exact, rounded = weights(before), weights(after)
+    assert exact
+    assert exact.keys() == rounded.keys()
+    for place, stack in exact.items():
+        for expert, mine in zip(stack, rounded[place], strict=True):
+            grid = choose_grid(expert, FORMATS[chosen])
+            assert torch.equal(mine, grid.round(expert)), place
+    for node in after.nodes(ops.moe.default):
+        assert all(is_stored_weight(node.args[index]) for index in (3, 4))
+    assert set(sites(after)) == {path for path, _ in exact}
+    assert "of each expert" in next(iter(sites(after).values()))
+    again = applied(after, Quantize(FORMATS[chosen]))
+    assert signature_of(again) == signature_of(after)
+
+
+def test_codes_of_experts_take_their_bits():
+    before = canonical_program("mixtral")
+    after = applied(before, Quantize(WeightOptions("int4"), include=("*.experts",)))
+    numbers = sum(value.numel() for value in weights(before).values())
+    scales = sum(value[..., 0].numel() for value in weights(before).values())
+    assert before.byte_count() - after.byte_count() == 4 * numbers - numbers // 2 - 4 * scales
+
+
+def test_experts_are_selected_by_path():
+    before = canonical_program("mixtral")
+    after = applied(before, Quantize(exclude=("*.layers.0.mlp.experts",)))
+    assert refusals(after)["model.layers.0.mlp.experts"].startswith("excluded by")
+    assert list(sites(after)) == ["model.layers.1.mlp.experts"]
+
+
+def test_what_does_not_divide_is_left_alone():
+    before = canonical_program("mixtral")
+    after = applied(before, Quantize(WeightOptions("int4", "group", 64)))
+    assert sites(after) == {}
+    assert "64 does not divide its 32 inputs" in refusals(after)["model.layers.0.mlp.experts"]
+
+
+def test_the_report_says_that_activations_stay():
+    before = canonical_program("mixtral")
+    after = applied(before, Quantize(activations=TOKEN))
+    assert set(sites(after).values()) == {
+        "int8 weight per channel of each expert, activations in floating point"
+    }
+    rounded = applied(before, Quantize(None, activations=TOKEN))
+    assert (
+        refusals(rounded)["model.layers.0.mlp.experts"] == "activations of experts are not rounded"
+    )
+
+
+def test_other_methods_say_that_experts_stay():
+    after = applied(canonical_program("mixtral"), Gobo(bits=3))
+    assert "has no quantized form yet" in refusals(after)["model.layers.0.mlp.experts.down_proj"]
+
+
+def test_behind_allocated_bits_experts_are_stored_as_quantize_says():
+    choices = (Choice(WeightOptions("int4", "channel")), Choice(WeightOptions("int8")))
+    allocate = AllocateBits(choices=choices, budget=Budget(bits=6.0))
+    after = applied(canonical_program("mixtral"), allocate, Quantize())
+    assert set(sites(after).values()) == {"int8 weight per channel of each expert"}
+
+
+# --- GPTQ -----------------------------------------------------------------------------------
+
+
+def routed(program: Program, samples) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each mixture reads, and which experts each row is sent to."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for sample in samples:
+        values: dict[str, Tensor] = {}
+
+        def watch(node, value, values=values):
+            values[node.name] = value
+
+        run_program(program, sample.inputs, watch)
+        for node in program.nodes(ops.moe.default):
+            x, index = (values[source.name] for source in node.args[:2])
+            real = slice(None) if sample.tokens is None else sample.tokens.flatten()
+            found.setdefault(module_path(node), []).append((x[real], index[real]))
+    return {
+        path: (torch.cat([x for x, _ in parts]), torch.cat([i for _, i in parts]))
+        for path, parts in found.items()
+    }
+
+
+@pytest.mark.parametrize("model", ["mixtral", "granitemoe"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_gptq_of_an_expert_is_that_of_its_linears_on_its_tokens(model, sequential):
+    options = WeightOptions("int4", **GROUPS)
+    program = canonical_program(model)
+    settings = Gptq(
+        options, include=("*layers.0.*experts",), true_sequential=sequential, match_original=False
+    )
+    after = applied(program, settings)
+    (path,) = sites(after)
+    x, index = routed(program, samples_of(program, 8))[path]
+    (node,) = (n for n in program.nodes(ops.moe.default) if module_path(n) == path)
+    exact, rounded = weights(program), weights(after)
+    shares = []
+    for expert in range(len(exact[path, 3])):
+        rows = x[(index == expert).any(1)]
+        assert len(rows)
+        up, down = exact[path, 3][expert], exact[path, 4][expert]
+        first = compensated(up, options, hessian([rows], 0.01, True), 128, True)
+        assert torch.allclose(rounded[path, 3][expert], first.values, atol=1e-6)
+        read = first.values if sequential else up
+        hidden = expert_hidden(rows @ read.T, str(node.args[7]), bool(node.args[8]))
+        second = compensated(down, options, hessian([hidden], 0.01, True), 128, True)
+        same = torch.isclose(rounded[path, 4][expert], second.values, atol=1e-6)
+        assert float(same.float().mean()) > 0.99  # sums in another order may cross a tie
+        shares += [first.share, second.share]
+    mean = sum(shares) / len(shares)
+    assert sites(after)[path].endswith(f"mean output error {mean:.2f}x of rounding to nearest")
+
+
+def test_gptq_of_experts_errs_less_than_rounding_to_nearest():
+    program = canonical_program("mixtral")
+    samples = samples_of(program, 8)
+    options = WeightOptions("int3", **GROUPS)
+
+    def distance(after: Program) -> float:
+        pairs = [
+            (run_program(program, s.inputs)[0], run_program(after, s.inputs)[0]) for s in samples
+        ]
+        return float(sum((a - b).square().sum() for a, b in pairs))
+
+    nearest = distance(applied(program, Quantize(options)))
+    assert distance(applied(program, Gptq(options))) < 0.8 * nearest
+
+
+def test_experts_without_tokens_are_rounded_to_nearest_and_named():
+    program = canonical_program("mixtral")
+    ids = torch.tensor([[7, 7]])
+    entry = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    samples = [Sample(keyword_inputs(program.signature, entry))]
+    options = WeightOptions("int4", **GROUPS)
+    after = Manager(Verifier((), mode="off"), samples=lambda: samples).run(program, [Gptq(options)])
+    path = "model.layers.0.mlp.experts"
+    unreached = sorted({0, 1, 2, 3} - set(routed(program, samples)[path][1].flatten().tolist()))
+    assert unreached
+    exact, rounded = weights(program), weights(after)
+    for number in unreached:
+        for index in (3, 4):
+            expert = exact[path, index][number]
+            nearest = choose_grid(expert, options).round(expert)
+            assert torch.equal(rounded[path, index][number], nearest)
+    numbers = ", ".join(map(str, unreached))
+    assert any(
+        note.startswith(f"{path}: no token of the calibration data was sent to expert")
+        and f" {numbers};" in note
+        for note in after.history[-1].notes
+    )
+
+
+def test_experts_with_few_tokens_are_named():
+    program = canonical_program("mixtral")
+    after = applied(program, Gptq(WeightOptions("int4")), count=1)
+    assert any("had fewer tokens than inputs" in note for note in after.history[-1].notes)
+
+
+@pytest.mark.parametrize("method", ["quantize", "gptq"])
+def test_a_mixture_is_optimized_saved_and_generates(method, tmp_path):
+    weight = {"dtype": "int4", "granularity": "group", "group_size": 8}
+    ids = torch.arange(3, 11)[None]
+    recipe = ["canonicalize", {method: {"weights": weight}}]
+    optimized = optimize_zoo("mixtral", recipe, calibration=[{"input_ids": ids}] * 2)
+    assert optimized.generate(input_ids=ids, max_new_tokens=4).shape == (1, 12)
+    save(tmp_path / "model", optimized.program)
+    again = weights(read_folder(tmp_path / "model").program)
+    for place, value in weights(optimized.program).items():
+        assert torch.equal(value, again[place]), place
