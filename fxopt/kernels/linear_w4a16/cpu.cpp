@@ -26,6 +26,7 @@ struct CodeRows {
 
   int64_t width() const { return groups == 0 ? k : k / groups; }
   bool few_rows_possible() const { return groups == 1 || width() % kPairs == 0; }
+  int64_t blas_from_rows(at::ScalarType dtype) const { return dtype == at::kBFloat16 ? 8 : 16; }
   float scale(int64_t) const { return 1.0f; }
   float zero_point(int64_t group) const { return zero == nullptr ? 0.0f : zero[group]; }
 

@@ -6,6 +6,7 @@
 // What a weight must offer:
 //   n, k, bias, bias_dtype   its sizes and bias
 //   few_rows_possible()      whether `dot_four` can read it
+//   blas_from_rows(dtype)    the number of rows of x from which the BLAS product wins (measured)
 //   arrange(x, out)          one row of x in the order in which `dot_four` reads it
 //   dot_four<ROWS>(x, ldx, rows, out)  out[r][j] = x[r] . w[rows[j]], before `scale`
 //   widen(row, out)          one row of the weight, before `scale`
@@ -24,9 +25,6 @@ typedef float Floats __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 16;
 // Bytes of widened weight, and of its products, that are held at a time.
 constexpr int64_t kBlockBytes = 4 << 20;
-
-// The number of rows from which the BLAS product wins (measured).
-inline int64_t blas_from_rows(at::ScalarType dtype) { return dtype == at::kBFloat16 ? 8 : 16; }
 
 inline Floats load_floats(const float* x) {
   Floats v;
@@ -188,7 +186,7 @@ at::Tensor weight_only_linear(const at::Tensor& x, const Weight& weight, Activat
   if (y.numel() == 0) return y;
   const Destination to{y.mutable_data_ptr(), weight.n, x.scalar_type()};
   const int64_t total = y.numel() / weight.n;
-  const bool few = weight.few_rows_possible() && total < blas_from_rows(x.scalar_type());
+  const bool few = weight.few_rows_possible() && total < weight.blas_from_rows(x.scalar_type());
   if (few || x.size(-1) == 0) {
     Matrix rows = as_matrix(x);
     rows.m = total;
