@@ -1,5 +1,6 @@
 """The CUDA table: Triton kernels, reached from the same graph."""
 
+from fxopt.lowering.experts import Int8Experts
 from fxopt.lowering.pre_scale import DynamicPreScale, StaticPreScale
 from fxopt.lowering.quantized import (
     DynamicLinear,
@@ -16,6 +17,7 @@ INTEGER: tuple[LoweringRule, ...] = (
     DynamicLinear(),
     StaticLinear(),
     WeightOnlyLinear(),
+    Int8Experts(),
     Int8Embedding(),
 )
 PROLOGUES: tuple[LoweringRule, ...] = (DynamicPreScale(), StaticPreScale())

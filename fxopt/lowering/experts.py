@@ -2,6 +2,7 @@
 
 # ruff: noqa: D102 - a rule's methods are documented by Rule
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ class _Experts(LoweringRule):
         rest = (gate_up_bias, down_bias, activation, gated)
         return op.call(ops.moe, x, index, mixing, *weights, *rest)
 
+    def routings(self, match: Match) -> Mapping[Node, int]:
+        return {match.index: int(shape_of(match.down)[0])}
+
     def _call(self, build: Builder, match: Match, operator: Any, parts: list[Any]) -> Node:
         routed = (match.x, match.index, match.mixing)
         rest = (match.gate_up_bias, match.down_bias, match.activation, match.gated)
@@ -56,14 +60,11 @@ class Int8Experts(_Experts):
     kernel = "moe_w8a16"
 
     def condition(self, program: Program, match: Match) -> bool:
-        return all(_is_int8(program, weight) for weight in _weights(match))
+        return not any(read_codes(weight) for weight in _weights(match))
 
     def check(self, program: Program, match: Match) -> str | None:
-        for weight in _weights(match):
-            columns, block = shape_of(weight)[-1], weight.args[3]
-            if block[-1] not in (-1, columns):
-                return f"scales per block {list(block)}: the kernel takes one per output"
-        return None
+        reasons = (_not_per_output(program, weight) for weight in _weights(match))
+        return next((reason for reason in reasons if reason is not None), None)
 
     def rewrite(self, build: Builder, match: Match) -> Node:
         parts: list[Any] = []
@@ -99,11 +100,18 @@ def _weights(match: Match) -> tuple[Any, Any]:
     return match.gate_up, match.down
 
 
-def _is_int8(program: Program, weight: Any) -> bool:
+def _not_per_output(program: Program, weight: Node) -> str | None:
     codes: Any = weight.args[0]
     if weight.target is not ops.dequantize.default or codes.op != "get_attr":
-        return False
-    return program.weight(str(codes.target)).dtype == torch.int8 and weight.args[2] is None
+        return "one of its weights is in four bits and the other is not"
+    if program.weight(str(codes.target)).dtype != torch.int8:
+        return "the weight is not int8"
+    if weight.args[2] is not None:
+        return "the weight has zero points"
+    columns, block = shape_of(weight)[-1], weight.args[3]
+    if block[-1] not in (-1, columns):  # type: ignore[index]
+        return f"scales per block {list(block)}: the kernel takes one per output"  # type: ignore[arg-type]
+    return None
 
 
 def _scale_per_output(build: Builder, scale: Any, rows: int) -> Node:

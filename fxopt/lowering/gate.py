@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ class SpeedGate:
         if key not in self.decisions:
             if self.frozen:
                 return _UNDECIDED if rule.joins and self.decisions else None
-            self.decisions[key] = self._time(program, mini, leaves, rule, key)
+            example = partial(example_value, program=program, routings=rule.routings(match))
+            self.decisions[key] = self._time(mini, leaves, rule, key, example)
         if self.decisions[key]:
             self.sites.append((module_path(match.root), rule.name, key))
             return None
@@ -88,7 +90,12 @@ class SpeedGate:
         return f"slower than what it replaces{detail}"
 
     def _time(
-        self, program: Program, mini: Program, leaves: list[Node], rule: LoweringRule, key: str
+        self,
+        mini: Program,
+        leaves: list[Node],
+        rule: LoweringRule,
+        key: str,
+        example: Callable[..., Tensor],
     ) -> bool:
         after = mini.clone()
         sites, _ = apply_rules(after, [rule], "gate")
@@ -96,7 +103,8 @@ class SpeedGate:
             return False
         plain = as_it_came(mini)
         before, kernel = Runner(plain.graph_module), Runner(after.graph_module)
-        faster = self._faster(program, leaves, before, kernel, key, rule.patience)
+        inputs = [[example(leaf, shape=shape) for leaf in leaves] for shape in self.shapes]
+        faster = self._faster(inputs, before, kernel, key, rule.patience)
         for part in (plain, after):
             part.release()
         release_freed_memory(mini.byte_count())  # the next site may be another weight's
@@ -104,15 +112,14 @@ class SpeedGate:
 
     def _faster(
         self,
-        program: Program,
-        leaves: list[Node],
+        examples: Sequence[list[Tensor]],
         before: Runner,
         kernel: Runner,
         key: str,
         patience: float,
     ) -> bool:
         for _ in range(_TRIALS):
-            timing = self._measure(program, leaves, before, kernel)
+            timing = self._measure(examples, before, kernel)
             known = self.timings.get(key)
             if known is None or timing.ratio < known.ratio:
                 self.timings[key] = timing
@@ -120,13 +127,10 @@ class SpeedGate:
                 return True
         return False
 
-    def _measure(
-        self, program: Program, leaves: list[Node], before: Runner, kernel: Runner
-    ) -> Timing:
+    def _measure(self, examples: Sequence[list[Tensor]], before: Runner, kernel: Runner) -> Timing:
         old: list[float] = []
         new: list[float] = []
-        for shape in self.shapes:
-            inputs = [example_value(leaf, program, shape) for leaf in leaves]
+        for inputs in examples:
             try:
                 a, b = alternate(
                     lambda i=inputs: before.forward(*i), lambda i=inputs: kernel.forward(*i)
@@ -193,7 +197,12 @@ def as_it_came(mini: Program) -> Program:
     return plain
 
 
-def example_value(node: Node, program: Program, shape: tuple[int, int]) -> Tensor:
+def example_value(
+    node: Node,
+    program: Program,
+    shape: tuple[int, int],
+    routings: Mapping[Node, int] | None = None,
+) -> Tensor:
     """Random values of a node's shape at a given batch size and length."""
     value = node.meta["val"]
     sizes = [size_at(size, program, shape) for size in value.shape]
@@ -201,6 +210,9 @@ def example_value(node: Node, program: Program, shape: tuple[int, int]) -> Tenso
         # A generator of its own: optimizing must not move the user's random numbers.
         noise = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
         return noise.to(device=value.device, dtype=value.dtype)
+    if routings is not None and node in routings:
+        places = torch.arange(math.prod(sizes), device=value.device) % routings[node]
+        return places.reshape(sizes).to(value.dtype)
     # Masks keep everything; indices point at the first row.
     fill = torch.ones if value.dtype == torch.bool else torch.zeros
     return fill(sizes, dtype=value.dtype, device=value.device)

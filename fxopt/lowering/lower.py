@@ -167,6 +167,9 @@ class _Timed(LoweringRule):
     def kept(self, match: Match) -> tuple[Node, ...]:
         return self.rule.kept(match)
 
+    def routings(self, match: Match) -> Mapping[Node, int]:
+        return self.rule.routings(match)
+
     def check(self, program: Program, match: Match) -> str | None:
         return self.rule.check(program, match) or self.gate.refuse(program, self.rule, match)
 

@@ -1,5 +1,6 @@
 """A lowering rule: a rewrite rule that names its kernel, and may be timed before it is used."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch.fx import Node
@@ -31,3 +32,11 @@ class LoweringRule(Rule):
         """Nodes of the match beside its root that others read, and that the kernel returns too."""
         del match
         return ()
+
+    def routings(self, match: Match) -> Mapping[Node, int]:
+        """Indices that a site is timed with in turn, 0 to the number less one.
+
+        Others point at one row, as a token does: those of a mixture would all be at one expert.
+        """
+        del match
+        return {}

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from fxopt.kernels import KERNELS
+from fxopt.lowering import cuda
+from fxopt.lowering.gate import SpeedGate
 from fxopt.passes.quantization.options import WeightOptions
 from fxopt.passes.quantization.quantize import Quantize
+from fxopt.rewrite.driver import apply_rules
 from tests.lowering.test_four_bit import VARIANTS
 from tests.lowering.test_lower import TIMED, UNTIMED, check, kernels, lower, quantized
 
@@ -54,22 +58,41 @@ def test_codes_of_experts_are_not_held_twice():
     ("options", "why"),
     [
         (WeightOptions("int8", "group", 16), "the kernel takes one per output"),
-        (WeightOptions("fp8_e4m3"), None),
+        (WeightOptions("int8", symmetric=False), "the weight has zero points"),
+        (WeightOptions("fp8_e4m3"), "the weight is not int8"),
     ],
 )
-def test_what_the_kernels_do_not_take_runs_in_floating_point(options, why):
+def test_what_the_kernels_do_not_take_runs_in_floating_point_and_is_said(options, why):
     program = quantized("mixtral", Quantize(options))
     lowered = lower(program, UNTIMED)
     assert not experts_kernels(lowered.program)
     assert len(lowered.program.nodes(ops.moe.default)) == 2
     reasons = [refusal.reason for refusal in lowered.refusals if "experts" in refusal.site]
+    assert len(reasons) == 2
     assert all(why in reason for reason in reasons)
-    assert bool(reasons) == (why is not None)
     check(program, lowered)
 
 
-def test_the_gate_decides_on_experts_too():
-    lowered = lower(quantized("mixtral", Quantize()), TIMED)
-    assert any("experts" in path for path, *_ in lowered.timed_sites) or any(
-        "slower" in refusal.reason for refusal in lowered.refusals if "experts" in refusal.site
-    )
+def test_experts_are_timed_with_tokens_that_go_to_all_of_them(monkeypatch):
+    seen: list[list[Tensor]] = []
+
+    def taken(gate, examples, *rest):
+        seen.extend(examples)
+        return True
+
+    monkeypatch.setattr(SpeedGate, "_faster", taken)
+    program = quantized("mixtral", Quantize(include=("*.experts",)))
+    lowered = lower(program, TIMED)
+    assert experts_kernels(lowered.program) == {"moe_w8a16": 2}
+    indices = [value for inputs in seen for value in inputs if value.dtype == torch.int64]
+    assert len(indices) == len(TIMED.shapes)  # the layers are alike: one was timed
+    for (batch, length), index in zip(TIMED.shapes, indices, strict=True):
+        assert index.shape == (batch * length, 2)
+        assert set(index.flatten().tolist()) == {0, 1, 2, 3}
+
+
+def test_int8_experts_are_in_the_table_of_gpus():
+    program = quantized("mixtral", Quantize(include=("*.experts",)))
+    sites, refusals = apply_rules(program, cuda.INTEGER, "lower")
+    assert {site.path for site in sites} == {f"model.layers.{i}.mlp.experts" for i in range(2)}
+    assert not refusals

@@ -25,7 +25,7 @@ struct Int8Rows {
   int64_t k;
 
   bool few_rows_possible() const { return true; }
-  int64_t blas_from_rows(at::ScalarType dtype) const { return dtype == at::kBFloat16 ? 20 : 48; }
+  int64_t blas_from_rows(at::ScalarType dtype) const { return dtype == at::kBFloat16 ? 20 : 32; }
   float scale(int64_t row) const { return scales[row]; }
   void arrange(const float* x, float* out) const { std::memcpy(out, x, k * sizeof(float)); }
 

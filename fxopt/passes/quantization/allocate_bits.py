@@ -23,10 +23,11 @@ Source: Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neura
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from fxopt.errors import QualityFloorError, RecipeError
-from fxopt.ir.program import Level, Program, Site, Table, module_path
+from fxopt.ir.program import Level, Program, Refusal, Site, Table, module_path
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
 from fxopt.passes.quantization.allocation import Assignment, Search
 from fxopt.passes.quantization.budget import Budget
@@ -34,7 +35,7 @@ from fxopt.passes.quantization.latency_prices import LatencyPrices
 from fxopt.passes.quantization.linear_groups import LinearGroup, byte_prices, linear_groups
 from fxopt.passes.quantization.options import Choice, WeightOptions
 from fxopt.passes.quantization.rounding_trials import Sensitivity, Trials
-from fxopt.passes.quantization.sites import CHOICE
+from fxopt.passes.quantization.sites import CHOICE, not_selected
 
 
 @register("allocate-bits")
@@ -74,6 +75,7 @@ class AllocateBits(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         """Price and judge every choice for every group, solve, and mark the linears."""
         groups, refusals = linear_groups(program, self.choices, self.include, self.exclude)
+        refusals += self._leave_experts(program)
         if not groups:
             return PassResult(refusals=tuple(refusals), activations={})
         timed = None
@@ -94,6 +96,20 @@ class AllocateBits(Pass):
         notes = () if timed is None else (timed.compared(chosen.choices.tolist(), chosen.price),)
         tables = (self._frontier(search, chosen),)
         return PassResult(tuple(sites), tuple(refusals), notes, tables=tables, activations={})
+
+    def _leave_experts(self, program: Program) -> list[Refusal]:
+        """Mixtures stay in floating point, as the budget does not count what rounding them does."""
+        left: list[Refusal] = []
+        for node in program.nodes(torch.ops.fxopt.moe.default):
+            reason = not_selected(node, self.include, self.exclude)
+            if reason is None:
+                node.meta[CHOICE] = Choice()
+                reason = (
+                    "a mixture of experts is not part of the budget and stays in floating point; "
+                    "exclude it here, and the pass behind stores it as it says"
+                )
+            left.append(Refusal(module_path(node) or node.name, reason))
+        return left
 
     def _limit(self, groups: Sequence[LinearGroup]) -> float:
         if self.budget.kind == "bits":

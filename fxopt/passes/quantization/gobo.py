@@ -65,7 +65,7 @@ class Gobo(Pass):
         done: dict[str, _Stored | str] = {}
         store_parts(program, self.include, self.exclude, self.name)
         for node in program.nodes():
-            if kind_of(node) not in ("linear", "embedding"):
+            if kind_of(node) is None:
                 continue
             path = module_path(node)
             found = self._impossible(program, node)
@@ -86,6 +86,8 @@ class Gobo(Pass):
 
     def _impossible(self, program: Program, node: Node) -> str | None:
         reason = not_selected(node, self.include, self.exclude) or unquantizable(program, node)
+        if reason is None and kind_of(node) == "experts":
+            return "a mixture of experts; gobo learns tables for linears and embeddings"
         if reason is None and kind_of(node) == "embedding" and not self.embeddings:
             return "an embedding; embeddings: true takes it"
         return reason

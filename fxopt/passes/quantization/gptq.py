@@ -2,7 +2,8 @@
 
     minimize || Y V^T - Y Q^T ||^2 over Q on the grid, column by column (see compensation)
 
-Shapes: Y [tokens, in] of the calibration data; V and Q [out, in].
+Shapes: Y [tokens, in] of the calibration data; V and Q [out, in]. Of experts [E, out, in] each is
+    rounded by the tokens Y_e that the router sends it; one that is sent none is rounded to nearest.
     With `range: output` the grid of a block is that of the least error in the output when its
     weights are rounded to nearest, found before or, without static groups, as columns reach it.
 Exactness: approximate; on the calibration data no output errs more than with its row rounded to
@@ -11,7 +12,7 @@ Exactness: approximate; on the calibration data no output errs more than with it
     on Y are nearest to those of the original model, W on its own inputs (see original_inputs). The
     model runs over the data once, node by node, with `match_original` beside the original, and
     holds one Hessian. With `bias_correction` the mean output over the data is that of W on Y, with
-    `match_original` that of W on its own inputs.
+    `match_original` that of W on its own inputs; biases of experts stay.
 Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers, ICLR 2023, arXiv:2210.17323; Li et al., GPTAQ: Efficient Finetuning-Free
     Quantization for Asymmetric Calibration, ICML 2025, arXiv:2504.02692 (`match_original`).
@@ -20,7 +21,6 @@ Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
 from torch.fx import Node
 
 from fxopt.analysis.lockstep import Lockstep
@@ -28,13 +28,13 @@ from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
 from fxopt.passes.quantization.bias_correction import correct_bias
-from fxopt.passes.quantization.compensation import Compensated, Hessian
-from fxopt.passes.quantization.gptq_experts import Rows, expert_of, round_experts
+from fxopt.passes.quantization.compensation import Hessian
+from fxopt.passes.quantization.gptq_experts import ExpertRounding, expert_of, sent_to
 from fxopt.passes.quantization.grid import encode_by_rows
 from fxopt.passes.quantization.options import WeightOptions
 from fxopt.passes.quantization.original_inputs import OriginalInputs
 from fxopt.passes.quantization.parts import store_parts
-from fxopt.passes.quantization.seen_inputs import SeenInputs
+from fxopt.passes.quantization.seen_inputs import ColumnRounding, Rows, SeenInputs
 from fxopt.passes.quantization.sites import (
     kind_of,
     mark_heads,
@@ -57,7 +57,7 @@ _ROUNDED = ("linear", "experts")
 @register("gptq")
 @dataclass(frozen=True)
 class Gptq(Pass):
-    """Store weights of linears in few bits, errors made up for by the columns that follow."""
+    """Store weights of linears and experts in few bits, errors made up for by later columns."""
 
     weights: WeightOptions = field(default_factory=lambda: WeightOptions("int4", "group", 64))
     act_order: bool = True
@@ -96,7 +96,7 @@ class Gptq(Pass):
         return (Calibration("samples"),)
 
     def run(self, program: Program, context: Context) -> PassResult:
-        """Round every selected linear while the calibration data flows through the program."""
+        """Round what is selected while the calibration data flows through the program."""
         store_parts(program, self.include, self.exclude, self.name)
         mark_heads(program, self.weights)
         rounding = _Rounding(self, program, context)
@@ -117,6 +117,13 @@ class _Rounding:
         self.program = program
         self.context = context
         self.lockstep = Lockstep(program, context.samples)
+        self.rounding = ColumnRounding(
+            settings.damping,
+            settings.act_order,
+            settings.block_size,
+            settings.static_groups,
+            settings.true_sequential,
+        )
         self.sites: list[Site] = []
         self.refusals: list[Refusal] = []
         self.notes: list[str] = []
@@ -185,7 +192,7 @@ class _Rounding:
         inputs = self._inputs(node)
         self._note(path, inputs.tokens, inputs.hessian)
         (name,) = names
-        found = self._compensated(inputs, self.program.weight(name), options)
+        found = self.rounding.rounded(inputs, self.program.weight(name), options)
         codes = encode_by_rows(found.grid, found.values)
         self.done[name] = store_weight(self.program, name, codes, found.grid)
         return f", output error {found.share:.2f}x of rounding to nearest"
@@ -197,39 +204,28 @@ class _Rounding:
         assert isinstance(source, Node)  # noqa: S101 - a mixture reads tensors
         assert isinstance(chosen, Node)  # noqa: S101
         count = len(self.program.weight(names[0]))
-        found = round_experts(
-            [expert_of(node, self.lockstep.value_of_weight, i) for i in range(count)],
-            (self.lockstep.rows(source), self._original_rows(node)),
-            self.lockstep.rows(chosen),
-            options,
-            self._seen,
-            lambda inputs, weight: self._compensated(inputs, weight, options),
-            self.settings.true_sequential,
-        )
-        for name, (grid, codes) in zip(names, found.stacks(), strict=True):
+        rounding = ExpertRounding(count, self.rounding, options)
+        rows, chosen = self._rows(source, node), self.lockstep.rows(chosen)
+        for number in range(count):
+            expert = expert_of(node, self.lockstep.value_of_weight, number)
+            rounding.add(number, expert, sent_to(number, rows, chosen))
+        for name, (grid, codes) in zip(names, rounding.encoded(), strict=True):
             self.done[name] = store_weight(self.program, name, codes, grid)
-        self.notes += found.notes(path)
-        return f" of each expert, {found.detail()}"
-
-    def _compensated(
-        self, inputs: SeenInputs, weight: Tensor, options: WeightOptions
-    ) -> Compensated:
-        settings = self.settings
-        return inputs.rounded(weight, options, settings.block_size, settings.static_groups)
+        self.notes += rounding.notes(path)
+        kept = ", biases as they were" * self.settings.bias_correction
+        return f" of each expert, {rounding.detail()}{kept}"
 
     def _inputs(self, node: Node) -> SeenInputs:
         source = node.args[0]
         assert isinstance(source, Node)  # noqa: S101 - a linear reads a tensor
         if self.latest is None or self.latest[0] is not source:
-            rows = self.lockstep.rows(source)
-            self.latest = source, self._seen((rows, self._original_rows(node)))
+            self.latest = source, self.rounding.seen(self._rows(source, node))
         return self.latest[1]
 
-    def _original_rows(self, node: Node) -> list[Tensor] | None:
-        return None if self.original is None else self.original.rows(node)
-
-    def _seen(self, rows: Rows) -> SeenInputs:
-        return SeenInputs.of(*rows, self.settings.damping, self.settings.act_order)
+    def _rows(self, source: Node, node: Node) -> Rows:
+        """What a node reads, as the model is and in the original."""
+        original = None if self.original is None else self.original.rows(node)
+        return self.lockstep.rows(source), original
 
     def _note(self, path: str, tokens: int, h: Hessian) -> None:
         inputs = len(h.order)

@@ -7,7 +7,7 @@ Shapes: Y [tokens, in]; V_e and Q_e [out, in]. What the second linear of an expe
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +16,9 @@ from torch.fx import Node
 
 from fxopt.errors import CalibrationError
 from fxopt.ir.operators.moe import expert_hidden
-from fxopt.passes.quantization.grid import Grid, encode_by_rows, encoded, stacked
+from fxopt.passes.quantization.grid import Grid, Stack, encode_by_rows, encoded
 from fxopt.passes.quantization.options import WeightOptions
-from fxopt.passes.quantization.seen_inputs import SeenInputs
-
-# Rows [n, in] in each batch, of the model as it is and of the original, if it is known.
-Rows = tuple[Sequence[Tensor], Sequence[Tensor] | None]
+from fxopt.passes.quantization.seen_inputs import ColumnRounding, Rows, SeenInputs
 
 
 @dataclass(frozen=True)
@@ -42,19 +39,67 @@ class Expert:
         return expert_hidden(product, self.activation, self.gated)
 
 
-@dataclass
-class RoundedExperts:
-    """Codes of both linears of all experts, and what is to be said of them."""
+def expert_of(node: Node, value: Callable[[Any], Tensor], number: int) -> Expert:
+    """One expert of a mixture, whose weights `value` gives."""
+    gate_up, down, bias, _, activation, gated = node.args[3:9]
+    own_bias = None if bias is None else value(bias)[number]
+    parts = (value(gate_up)[number], value(down)[number], own_bias)
+    return Expert(*parts, str(activation), bool(gated))
 
-    gate_up: list[tuple[Grid, Tensor]] = field(default_factory=list[tuple[Grid, Tensor]])
-    down: list[tuple[Grid, Tensor]] = field(default_factory=list[tuple[Grid, Tensor]])
-    shares: list[float] = field(default_factory=list[float])
-    unreached: list[int] = field(default_factory=list[int])
-    short_of_tokens: list[int] = field(default_factory=list[int])
 
-    def stacks(self) -> tuple[tuple[Grid, Tensor], tuple[Grid, Tensor]]:
+class ExpertRounding:
+    """The experts of one mixture while they are rounded, and what is to be said of them."""
+
+    def __init__(self, count: int, rounding: ColumnRounding, options: WeightOptions) -> None:
+        self.rounding = rounding
+        self.options = options
+        self.gate_up, self.down = Stack(count), Stack(count)
+        self.shares: list[float] = []
+        self.unreached: list[int] = []
+        self.short_of_tokens: list[int] = []
+        self.damped: dict[int, float] = {}
+
+    def add(self, number: int, expert: Expert, rows: Rows) -> None:
+        """Round the next expert by the rows that it is sent.
+
+        Raises:
+            CalibrationError: what it reads has no Hessian.
+        """
+        present, original = rows
+        if not sum(len(part) for part in present):
+            self.unreached.append(number)
+            self.gate_up.add(*encoded(expert.gate_up, self.options))
+            self.down.add(*encoded(expert.down, self.options))
+            return
+        gate_up = self._linear(number, expert.gate_up, rows, self.gate_up)
+        read = gate_up if self.rounding.true_sequential else expert.gate_up
+        hidden = [expert.hidden(part, read) for part in present]
+        exact = None
+        if original is not None:
+            exact = [expert.hidden(part, expert.gate_up) for part in original]
+        self._linear(number, expert.down, (hidden, exact), self.down)
+
+    def _linear(self, number: int, weight: Tensor, rows: Rows, stack: Stack) -> Tensor:
+        """The values of a linear's rounded weight, which is put on the stack."""
+        try:
+            inputs = self.rounding.seen(rows)
+        except CalibrationError as error:
+            raise CalibrationError(f"expert {number}: {error}") from error
+        found = self.rounding.rounded(inputs, weight, self.options)
+        stack.add(found.grid, encode_by_rows(found.grid, found.values))
+        self.shares.append(found.share)
+        self._remember(number, inputs)
+        return found.values
+
+    def _remember(self, number: int, inputs: SeenInputs) -> None:
+        if inputs.tokens < len(inputs.hessian.order) and number not in self.short_of_tokens:
+            self.short_of_tokens.append(number)
+        if inputs.hessian.damping != self.rounding.damping:
+            self.damped[number] = max(self.damped.get(number, 0), inputs.hessian.damping)
+
+    def encoded(self) -> tuple[tuple[Grid, Tensor], tuple[Grid, Tensor]]:
         """Grid and codes [E, out, in] of either linear."""
-        return stacked(self.gate_up), stacked(self.down)
+        return self.gate_up.encoded(), self.down.encoded()
 
     def detail(self) -> str:
         """For the report: how much less the outputs err."""
@@ -68,78 +113,31 @@ class RoundedExperts:
         notes: list[str] = []
         if self.unreached:
             notes.append(
-                f"{path}: no token of the calibration data was sent to {_experts(self.unreached)}; "
+                f"{path}: no token of the calibration data was sent to {_named(self.unreached)}; "
                 "rounded to nearest; data that uses them would help"
             )
         if self.short_of_tokens:
             notes.append(
-                f"{path}: {_experts(self.short_of_tokens)} had fewer tokens than inputs: damping "
+                f"{path}: {_named(self.short_of_tokens)} had fewer tokens than inputs: damping "
                 "decides the rest; more calibration data would help"
+            )
+        if self.damped:
+            notes.append(
+                f"{path}: {_named(list(self.damped))} needed damping of up to "
+                f"{max(self.damped.values()):g} to be positive definite"
             )
         return notes
 
 
-def _experts(numbers: list[int]) -> str:
+def _named(numbers: Sequence[int]) -> str:
     return f"expert{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
-def expert_of(node: Node, value: Callable[[Any], Tensor], number: int) -> Expert:
-    """One expert of a mixture, whose weights `value` gives."""
-    gate_up, down, bias, _, activation, gated = node.args[3:9]
-    own_bias = None if bias is None else value(bias)[number]
-    parts = (value(gate_up)[number], value(down)[number], own_bias)
-    return Expert(*parts, str(activation), bool(gated))
-
-
-def round_experts(
-    experts: Sequence[Expert],
-    rows: Rows,
-    chosen: Sequence[Tensor],
-    options: WeightOptions,
-    seen: Callable[[Rows], SeenInputs],
-    rounded: Callable[[SeenInputs, Tensor], Any],
-    sequential: bool,
-) -> RoundedExperts:
-    """Round all experts of a mixture.
-
-    Args:
-        experts: their weights.
-        rows: what the mixture reads.
-        chosen: which experts each row is sent to, [n, k] in each batch.
-        options: how weights are stored.
-        seen: what GPTQ knows of an input.
-        rounded: a weight that reads it, rounded.
-        sequential: whether the second linear reads what the rounded first one gives.
-
-    Raises:
-        CalibrationError: what an expert reads has no Hessian.
-    """
-    result = RoundedExperts()
-    for number, expert in enumerate(experts):
-        given = _sent_to(number, rows, chosen)
-        if not sum(len(part) for part in given[0]):
-            result.unreached.append(number)
-            result.gate_up.append(encoded(expert.gate_up, options))
-            result.down.append(encoded(expert.down, options))
-            continue
-        try:
-            first = rounded(inputs := seen(given), expert.gate_up)
-            up = first.values if sequential else expert.gate_up
-            present = [expert.hidden(part, up) for part in given[0]]
-            original = given[1] and [expert.hidden(part, expert.gate_up) for part in given[1]]
-            second = rounded(hidden := seen((present, original)), expert.down)
-        except CalibrationError as error:
-            raise CalibrationError(f"expert {number}: {error}") from error
-        result.gate_up.append((first.grid, encode_by_rows(first.grid, first.values)))
-        result.down.append((second.grid, encode_by_rows(second.grid, second.values)))
-        result.shares += [first.share, second.share]
-        if any(len(each.hessian.order) > each.tokens for each in (inputs, hidden)):
-            result.short_of_tokens.append(number)
-    return result
-
-
-def _sent_to(number: int, rows: Rows, chosen: Sequence[Tensor]) -> Rows:
+def sent_to(number: int, rows: Rows, chosen: Sequence[Tensor]) -> Rows:
+    """Of the rows that a mixture reads those that choose an expert, by `chosen` [n, k]."""
     masks = [(part == number).any(1) for part in chosen]
     present, original = rows
-    of_original = original and [part[mask] for part, mask in zip(original, masks, strict=True)]
+    of_original = None
+    if original is not None:
+        of_original = [part[mask] for part, mask in zip(original, masks, strict=True)]
     return [part[mask] for part, mask in zip(present, masks, strict=True)], of_original

@@ -127,24 +127,42 @@ def encode_by_rows(grid: Grid, x: Tensor) -> Tensor:
 def encoded(x: Tensor, options: WeightOptions, loss: Loss | None = None) -> tuple[Grid, Tensor]:
     """Grid and codes of a weight [out, in], or of a stack [E, out, in] of weights one by one."""
     if x.dim() == 3:
-        return stacked([encoded(weight, options, loss) for weight in x])
+        stack = Stack(len(x))
+        for weight in x:
+            stack.add(*encoded(weight, options, loss))
+        return stack.encoded()
     grid = choose_grid(x, options, loss)
     return grid, encode_by_rows(grid, x)
 
 
-def stacked(parts: Sequence[tuple[Grid, Tensor]]) -> tuple[Grid, Tensor]:
-    """Grids and codes of weights of one shape and format as those of their stack."""
-    first = parts[0][0]
-    zeros = [grid.zero_point for grid, _ in parts if grid.zero_point is not None]
-    grid = Grid(
-        first.format,
-        [1, *first.block],
-        torch.stack([grid.scale for grid, _ in parts]),
-        torch.stack(zeros) if zeros else None,
-        first.low,
-        first.high,
-    )
-    return grid, torch.stack([codes for _, codes in parts])
+class Stack:
+    """Grids and codes of weights of one shape and format, which come one after the other."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._grids: list[Grid] = []
+        self._codes = torch.empty(0)
+
+    def add(self, grid: Grid, codes: Tensor) -> None:
+        """Take in the next weight."""
+        if not self._grids:  # not a list of codes: their stack would hold all of them twice
+            self._codes = codes.new_empty(self._count, *codes.shape)
+        self._codes[len(self._grids)] = codes
+        self._grids.append(grid)
+
+    def encoded(self) -> tuple[Grid, Tensor]:
+        """Grid and codes [E, out, in] of all."""
+        first = self._grids[0]
+        zeros = [grid.zero_point for grid in self._grids if grid.zero_point is not None]
+        grid = Grid(
+            first.format,
+            [1, *first.block],
+            torch.stack([grid.scale for grid in self._grids]),
+            torch.stack(zeros) if zeros else None,
+            first.low,
+            first.high,
+        )
+        return grid, self._codes
 
 
 def _rows(grid: Grid, first: int, last: int) -> Grid:

@@ -39,7 +39,7 @@ from fxopt.passes.quantization.activations import quantize_activation
 from fxopt.passes.quantization.grid import choose_grid, encode_by_rows
 from fxopt.passes.quantization.options import ActivationOptions, WeightOptions
 from fxopt.passes.quantization.parts import store_parts
-from fxopt.passes.quantization.sites import not_selected, unquantizable
+from fxopt.passes.quantization.sites import kind_of, not_selected, unquantizable
 from fxopt.passes.quantization.weights import read_weight, store_weight, weight_node
 from fxopt.rewrite.builder import Builder
 
@@ -82,10 +82,12 @@ class LlmInt8(Pass):
         refusals: list[Refusal] = []
         parts: dict[Node, tuple[Node, Node]] = {}
         store_parts(program, self.include, self.exclude, self.name)
-        for node in program.nodes(aten.linear.default):
+        for node in program.nodes(aten.linear.default, torch.ops.fxopt.moe.default):
             path = module_path(node)
             reason = not_selected(node, self.include, self.exclude)
             reason = reason or unquantizable(program, node, _WEIGHTS) or _split_already(node)
+            if reason is None and kind_of(node) == "experts":
+                reason = "a mixture of experts; llm-int8 splits the columns of linears"
             detail = reason or self._split(program, node, parts, context)
             if reason is not None or detail is None:
                 width = f"all inputs are outliers at threshold {self.threshold:g}"

@@ -1,7 +1,7 @@
 """Weights whose outputs are those of the original model, on inputs that rounding has changed.
 
-    minimize || X W^T - Y V^T ||^2 + ridge mean(diag H) || V - W ||^2,    H = Y^T Y
-    V = W + W (X - Y)^T Y (H + ridge mean(diag H) I)^-1
+    minimize || X W^T - Y V^T ||^2 + ridge mean(diag H) || V - W ||^2
+    V = W + W (X - Y)^T Y (H + ridge mean(diag H) I)^-1,    H = Y^T Y, damped as GPTQ needs it
 
 Shapes: X [tokens, in] is what the original model gives a linear, Y [tokens, in] what the rounded
     linears before it give; W and V [out, in]. Then || X W^T - Y Q^T ||^2 is || Y V^T - Y Q^T ||^2
@@ -68,7 +68,7 @@ class InputChange:
     Args:
         original, present: X and Y, batch by batch. A token that only the rounded model sends to an
             expert has zeros in X, and the outputs of the original weight are its aim.
-        moments: H, the second moments of Y.
+        moments: H, the damped second moments of Y; damping adds to the ridge.
     """
 
     def __init__(

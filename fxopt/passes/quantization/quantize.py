@@ -139,6 +139,8 @@ class Quantize(Pass):
         """Whether the recipe, or `allocate-bits` before it, says anything of such a node."""
         if kind_of(node) == "embedding":
             return self.embeddings is not None
+        if kind_of(node) == "experts":
+            return True  # what stays is said in any case
         chosen = (self.weights, self.activations, allocated(node))
         return any(option is not None for option in chosen)
 
@@ -156,9 +158,9 @@ class Quantize(Pass):
     def _impossible(self, program: Program, node: Node) -> str | None:
         options, activations = self._weight_options(node), self._activation_options(node)
         if options is None and activations is None:
-            if kind_of(node) == "experts":
-                return "activations of experts are not rounded"
-            return "allocate-bits leaves it in floating point"
+            if allocated(node) is not None:
+                return "allocate-bits leaves it in floating point"
+            return "weights are null, and activations of experts are not rounded"
         misfit = None if activations is None else activations.misfit(width_of(node))
         if options is not None:
             return unquantizable(program, node, options) or misfit

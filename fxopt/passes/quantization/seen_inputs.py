@@ -15,6 +15,9 @@ from fxopt.passes.quantization.compensation import (
 from fxopt.passes.quantization.options import WeightOptions
 from fxopt.passes.quantization.original_inputs import InputChange
 
+# Rows [n, in] of an input in each batch, and those of the original model where they are known.
+Rows = tuple[Sequence[Tensor], Sequence[Tensor] | None]
+
 
 @dataclass(frozen=True)
 class SeenInputs:
@@ -33,35 +36,41 @@ class SeenInputs:
     original_mean: Tensor
     change: InputChange | None
 
-    @staticmethod
-    def of(
-        rows: Sequence[Tensor],
-        original: Sequence[Tensor] | None,
-        damping: float,
-        act_order: bool,
-    ) -> "SeenInputs":
-        """From the input's rows [n, in] in each batch, and those of the original model.
+
+@dataclass(frozen=True)
+class ColumnRounding:
+    """How GPTQ rounds a weight by the input that it reads."""
+
+    damping: float
+    act_order: bool
+    block_size: int
+    static_groups: bool
+    true_sequential: bool
+
+    def seen(self, rows: Rows) -> SeenInputs:
+        """What is known of an input.
 
         Raises:
             CalibrationError: there are no rows, or they have no Hessian.
         """
-        h = hessian(rows, damping, act_order)
-        alike = original is not None and [len(x) for x in original] == [len(y) for y in rows]
+        present, original = rows
+        h = hessian(present, self.damping, self.act_order)
+        change = None
+        if original is not None and [len(x) for x in original] == [len(y) for y in present]:
+            change = InputChange(original, present, h.moments)
         return SeenInputs(
             hessian=h,
             # An expert may be shown zeros in place of the tokens that are routed elsewhere.
-            tokens=sum(int(part.any(1).sum()) for part in rows),
-            mean=_mean(rows),
-            original_mean=_mean(rows if original is None else original),
-            change=InputChange(original, rows, h.moments) if original and alike else None,
+            tokens=sum(int(part.any(1).sum()) for part in present),
+            mean=_mean(present),
+            original_mean=_mean(present if original is None else original),
+            change=change,
         )
 
-    def rounded(
-        self, weight: Tensor, options: WeightOptions, block_size: int, static_groups: bool
-    ) -> Compensated:
-        """A weight [out, in] that reads this input, rounded."""
-        aim = weight if self.change is None else self.change.make_up(weight)
-        return compensated(aim, options, self.hessian, block_size, static_groups)
+    def rounded(self, inputs: SeenInputs, weight: Tensor, options: WeightOptions) -> Compensated:
+        """A weight [out, in] that reads an input."""
+        aim = weight if inputs.change is None else inputs.change.make_up(weight)
+        return compensated(aim, options, inputs.hessian, self.block_size, self.static_groups)
 
 
 def _mean(rows: Sequence[Tensor]) -> Tensor:

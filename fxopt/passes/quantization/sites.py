@@ -74,15 +74,15 @@ def weight_options(node: Node, asked: WeightOptions | None) -> WeightOptions | N
 def mark_heads(program: Program, asked: WeightOptions | None) -> None:
     """Note at each linear where its heads stand, if blocks of heads were asked for.
 
-    Linears outside of attention are divided into groups of rows of the size that most heads have.
+    What lies outside of attention is divided into groups of rows of the size that most heads have.
     """
     if asked is None or asked.granularity != "head":
         return
     known = head_axes(program)
     sizes = Counter(heads.size for heads in known.values())
     usual = [HeadAxis(0, size) for size, _ in sizes.most_common(1)]
-    for node in program.nodes(aten.linear.default):
-        weight = weight_node(node, 1)
+    for node in program.nodes(aten.linear.default, torch.ops.fxopt.moe.default):
+        weight = weight_node(node, 1) if kind_of(node) == "linear" else None
         heads = None if weight is None else known.get(str(weight.target))
         node.meta[HEADS] = heads or next(iter(usual), None)
 
@@ -120,8 +120,7 @@ def other_weights(program: Program) -> list[Refusal]:
         if node.op != "get_attr" or not node.users or dtype is None or not dtype.is_floating_point:
             continue
         value = program.weight(str(node.target))
-        plain = (kind_of(user) in ("linear", "embedding") for user in node.users)
-        known = any(plain) or any(is_stored_weight(user) for user in node.users)
+        known = any(kind_of(user) is not None or is_stored_weight(user) for user in node.users)
         if value.dim() >= 2 and value.numel() >= _LARGE and not known:
             users = ", ".join(sorted({str(user.target) for user in node.users}))
             reason = f"a weight of shape {list(value.shape)} read by {users}"

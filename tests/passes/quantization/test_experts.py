@@ -1,8 +1,10 @@
 """Experts of a mixture: each is rounded as a linear of its own would be."""
 
+import re
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxopt.analysis.execution import run as run_program
 from fxopt.analysis.samples import Sample
@@ -15,6 +17,7 @@ from fxopt.passes.quantization.compensation import compensated, hessian
 from fxopt.passes.quantization.gobo import Gobo
 from fxopt.passes.quantization.gptq import Gptq
 from fxopt.passes.quantization.grid import choose_grid
+from fxopt.passes.quantization.llm_int8 import LlmInt8
 from fxopt.passes.quantization.options import Choice, WeightOptions
 from fxopt.passes.quantization.quantize import Quantize
 from fxopt.pipeline.data import keyword_inputs
@@ -22,9 +25,10 @@ from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.verify import Verifier
 from fxopt.runtime.folder import read_folder
 from tests.graphs import signature_of
+from tests.lowering.test_lower import UNTIMED, check, lower
 from tests.models import canonical_program, optimize_zoo
 from tests.passes.quantization.test_gptq import samples_of
-from tests.passes.quantization.test_quantize import TOKEN, refusals
+from tests.passes.quantization.test_quantize import TOKEN, captured, refusals
 from tests.tiny import save
 
 ops = torch.ops.fxopt
@@ -109,21 +113,152 @@ def test_the_report_says_that_activations_stay():
         "int8 weight per channel of each expert, activations in floating point"
     }
     rounded = applied(before, Quantize(None, activations=TOKEN))
-    assert (
-        refusals(rounded)["model.layers.0.mlp.experts"] == "activations of experts are not rounded"
-    )
+    reason = "weights are null, and activations of experts are not rounded"
+    assert refusals(rounded)["model.layers.0.mlp.experts"] == reason
 
 
-def test_other_methods_say_that_experts_stay():
-    after = applied(canonical_program("mixtral"), Gobo(bits=3))
-    assert "has no quantized form yet" in refusals(after)["model.layers.0.mlp.experts.down_proj"]
+@pytest.mark.parametrize(
+    ("a_pass", "reason"),
+    [
+        (Gobo(bits=3), "gobo learns tables for linears and embeddings"),
+        (LlmInt8(outliers="dynamic"), "llm-int8 splits the columns of linears"),
+        (Quantize(exclude=("*.experts",)), "excluded by '*.experts'"),
+    ],
+)
+def test_what_stays_is_said_once(a_pass, reason):
+    found = refusals(applied(canonical_program("mixtral"), a_pass))
+    assert [site for site in found if "experts" in site] == [
+        f"model.layers.{layer}.mlp.experts" for layer in range(2)
+    ]
+    assert found["model.layers.1.mlp.experts"].endswith(reason)
 
 
-def test_behind_allocated_bits_experts_are_stored_as_quantize_says():
-    choices = (Choice(WeightOptions("int4", "channel")), Choice(WeightOptions("int8")))
-    allocate = AllocateBits(choices=choices, budget=Budget(bits=6.0))
+CHOICES = (Choice(WeightOptions("int4", "channel")), Choice(WeightOptions("int8")))
+
+
+def test_a_budget_does_not_count_experts_and_leaves_them():
+    allocate = AllocateBits(choices=CHOICES, budget=Budget(bits=6.0))
+    after = applied(canonical_program("mixtral"), allocate, Quantize())
+    assert sites(after) == {}
+    path = "model.layers.0.mlp.experts"
+    assert refusals(after)[path] == "allocate-bits leaves it in floating point"
+    said = {refusal.site: refusal.reason for refusal in after.history[-2].refusals}
+    assert "not part of the budget" in said[path]
+
+
+def test_experts_that_a_budget_excludes_are_stored_by_the_pass_behind_it():
+    allocate = AllocateBits(choices=CHOICES, budget=Budget(bits=6.0), exclude=("*.experts",))
     after = applied(canonical_program("mixtral"), allocate, Quantize())
     assert set(sites(after).values()) == {"int8 weight per channel of each expert"}
+
+
+def test_groups_per_head_are_rows_of_experts_as_of_other_linears():
+    options = WeightOptions("int4", "head", groups_per_head=2)
+    after = applied(canonical_program("mixtral"), Quantize(options))
+    assert set(sites(after).values()) == {"int4 weight per group of 4 rows of each expert"}
+
+
+# --- mixtures of all kinds ------------------------------------------------------------------
+
+
+class Mixture(nn.Module):
+    """A mixture between an embedding and a head; its weights are stored in several ways."""
+
+    def __init__(self, gated=True, transposed=False, computed_bias=False, layers=1):
+        super().__init__()
+        torch.manual_seed(0)
+        rows = 32 if gated else 16
+        self.gated, self.transposed = gated, transposed
+        self.computed_bias, self.layers = computed_bias, layers
+        self.embed, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+        self.router = nn.Linear(16, 4)
+        up = (4, 16, rows) if transposed else (4, rows, 16)
+        for name, shape in (("up", up), ("down", (4, 16, 16))):
+            self.register_parameter(name, nn.Parameter(0.3 * torch.randn(shape)))
+        for name, shape in (("up_bias", (4, rows)), ("down_bias", (4, 16))):
+            self.register_parameter(name, nn.Parameter(0.3 * torch.randn(shape)))
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids).flatten(0, 1)
+        for _ in range(self.layers):  # of one set of weights
+            weight, index = torch.topk(self.router(x).softmax(-1), 2)
+            up = self.up.transpose(1, 2) if self.transposed else self.up
+            bias = 2 * self.up_bias if self.computed_bias else self.up_bias
+            rest = (bias, self.down_bias, "silu", self.gated)
+            x = x + ops.moe(x, index, weight, up, self.down, *rest)
+        return {"logits": self.head(x).unflatten(0, input_ids.shape)}
+
+
+def mixture(dtype=torch.float32, **options) -> tuple[Program, list[Sample]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50, (8, 2, 9), generator=generator)
+    program = captured(Mixture(**options).to(dtype), ids[0])
+    return program, [Sample([row]) for row in ids]
+
+
+KINDS = {
+    "gated": {},
+    "not gated": {"gated": False},
+    "computed bias": {"computed_bias": True},
+    "tied": {"layers": 2},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"match_original": False}, {"true_sequential": False}])
+def test_gptq_takes_mixtures_of_all_kinds(kind, options):
+    program, samples = mixture(**KINDS[kind])
+    settings = Gptq(WeightOptions("int3"), **options)
+    after = Manager(Verifier((), mode="off"), samples=lambda: samples).run(program, [settings])
+    mixtures = after.nodes(ops.moe.default)
+    assert all(is_stored_weight(node.args[index]) for node in mixtures for index in (3, 4))
+    check(after, lower(after, UNTIMED))
+    details = [site.detail for site in after.history[-1].sites if site.node.startswith("moe")]
+    share = re.search(r"of each expert, mean output error (0\.\d+)x", details[0])
+    assert share is not None
+    assert float(share[1]) < 0.95
+    assert details[1:] == ["int3 weight per channel, tied to one before it"] * (kind == "tied")
+
+
+def test_transposed_experts_are_refused():
+    program, samples = mixture(transposed=True)
+    for a_pass in (Quantize(), Gptq(WeightOptions())):
+        after = Manager(Verifier((), mode="off"), samples=lambda: samples).run(program, [a_pass])
+        assert "the weight is computed in the graph, not stored" in refusals(after).values()
+
+
+def test_what_the_hidden_layer_of_an_expert_reads_makes_up_for_the_first():
+    """Rounded beside the original, the outputs of a mixture come nearer to the original's."""
+    program, samples = mixture()
+    (node,) = program.nodes(ops.moe.default)
+    errors = []
+    for match in (True, False):
+        exclude = ("head", "router")
+        settings = Gptq(WeightOptions("int2"), exclude=exclude, match_original=match)
+        after = Manager(Verifier((), mode="off"), samples=lambda: samples).run(program, [settings])
+        outputs: list[Tensor] = []
+        for one in (program, after):
+            for sample in samples:
+
+                def watch(at, value, outputs=outputs):
+                    if at.name == node.name:
+                        outputs.append(value)
+
+                run_program(one, sample.inputs, watch)
+        half = len(samples)
+        errors.append(float((torch.cat(outputs[:half]) - torch.cat(outputs[half:])).norm()))
+    assert errors[0] < errors[1]
+
+
+def test_what_gptq_had_to_do_with_experts_is_said():
+    program, samples = mixture()
+    settings = Gptq(WeightOptions("int4"), damping=1e-8, bias_correction=True)
+    after = Manager(Verifier((), mode="off"), samples=lambda: samples[:1]).run(program, [settings])
+    (detail,) = [site.detail for site in after.history[-1].sites if "each expert" in site.detail]
+    assert detail.endswith("biases as they were")
+    notes = [note for note in after.history[-1].notes if "needed damping of up to" in note]
+    assert any("expert" in note for note in notes)
 
 
 # --- GPTQ -----------------------------------------------------------------------------------

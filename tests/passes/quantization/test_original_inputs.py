@@ -14,6 +14,7 @@ from fxopt.passes.quantization import original_inputs
 from fxopt.passes.quantization.gptq import Gptq
 from fxopt.passes.quantization.options import WeightOptions
 from fxopt.passes.quantization.original_inputs import RIDGE, InputChange, OriginalInputs
+from fxopt.passes.quantization.seen_inputs import ColumnRounding
 from fxopt.pipeline.manager import Manager
 from fxopt.pipeline.verify import Verifier
 from tests.models import canonical_program
@@ -67,6 +68,18 @@ def test_what_a_grid_errs_against_it_is_what_it_errs_against_the_original(seed, 
         theirs, mine = (x @ weight.T - y @ q.T).norm() ** 2, (y @ (exact - q).T).norm() ** 2
         rests.append(float(theirs - mine))
     assert max(rests) - min(rests) <= 1e-4 * float((x @ weight.T).norm() ** 2)
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.5])
+def test_in_gptq_damping_adds_to_the_ridge(damping):
+    weight, x, y = problem(1)
+    seen = ColumnRounding(damping, True, 128, True, True).seen(([y], [x]))
+    ridge = RIDGE * (1 + damping) + damping
+    total = (ridge * y.square().sum(0).mean()).sqrt() * torch.eye(12)
+    outputs = torch.cat([x @ weight.T, total @ weight.T])
+    expected = torch.linalg.lstsq(torch.cat([y, total]), outputs).solution.T
+    assert seen.change is not None
+    assert torch.allclose(seen.change.make_up(weight), expected, atol=1e-3)
 
 
 def test_equal_inputs_leave_the_weight_alone():
