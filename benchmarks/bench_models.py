@@ -36,6 +36,8 @@ def alternate(first: Callable[[], Any], second: Callable[[], Any], rounds: int) 
         "original_ms": original * 1e3,
         "optimized_ms": optimized * 1e3,
         "ratio": original / optimized,
+        "original_fastest_ms": min(times[0]) * 1e3,
+        "optimized_fastest_ms": min(times[1]) * 1e3,
         "ratio_of_fastest": min(times[0]) / min(times[1]),
     }
 
