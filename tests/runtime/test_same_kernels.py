@@ -32,7 +32,7 @@ DECISIONS = {
 def test_decisions_of_plain_modules_are_found_again(name, decision, tmp_path, monkeypatch):
     """A size that capture knows under a symbol is a number in the folder."""
 
-    def decide(gate, program, mini, leaves, rule, key):
+    def decide(gate, mini, leaves, rule, key, example):
         return DECISIONS[decision](key)
 
     monkeypatch.setattr(SpeedGate, "_time", decide)

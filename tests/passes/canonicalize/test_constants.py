@@ -100,7 +100,8 @@ def test_a_number_is_computed_in_float64():
     program = functional_program(SCALARS["mul"])
     fold_constants(program, "test")
     [node] = program.nodes(aten.mul.Tensor)
-    assert number_of(program, node.args[1]) == math.sqrt(8)
+    # Vectorized square roots may be the neighbouring number.
+    assert number_of(program, node.args[1]) == pytest.approx(math.sqrt(8), rel=2**-51, abs=0)
 
 
 def test_a_scalar_parameter_is_no_number():
