@@ -25,6 +25,7 @@ from torch.fx import Node
 
 from fxopt.analysis.lockstep import Lockstep
 from fxopt.errors import CalibrationError, RecipeError
+from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
 from fxopt.passes.quantization.bias_correction import correct_bias
@@ -52,6 +53,8 @@ from fxopt.passes.quantization.weights import (
 from fxopt.rewrite.builder import Builder
 
 _ROUNDED = ("linear", "experts")
+# Bytes of rounded weights after which freed memory is handed back, which takes half a second.
+_FREED = 64 << 20
 
 
 @register("gptq")
@@ -128,6 +131,7 @@ class _Rounding:
         self.refusals: list[Refusal] = []
         self.notes: list[str] = []
         self.done: dict[str, StoredWeight] = {}
+        self.freed = 0  # bytes of weights, each of which needed temporary ones as large
         # Linears that share an input follow each other.
         self.latest: tuple[Node, SeenInputs] | None = None
         linears = self.rounded()
@@ -162,6 +166,11 @@ class _Rounding:
                 inputs = self._inputs(node)
                 means = inputs.mean, inputs.original_mean
                 correct_bias(self.program, build, node, weight, *means)
+            self.freed += self.program.weight(str(weight.target)).nbytes
+        if self.freed >= _FREED:
+            # Codes that stay lie between them, so that the C library would keep the pages.
+            release_freed_memory(self.freed)
+            self.freed = 0
 
     def rounded(self) -> list[Node]:
         """The linears and mixtures of experts that will be rounded."""
