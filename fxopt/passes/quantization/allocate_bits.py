@@ -23,7 +23,6 @@ Source: Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neura
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Node
 
 from fxopt.errors import QualityFloorError, RecipeError
@@ -36,6 +35,7 @@ from fxopt.passes.quantization.linear_groups import LinearGroup, byte_prices, li
 from fxopt.passes.quantization.options import Choice, WeightOptions
 from fxopt.passes.quantization.rounding_trials import Sensitivity, Trials
 from fxopt.passes.quantization.sites import CHOICE, not_selected
+from fxopt.passes.quantization.weights import kind_of
 
 
 @register("allocate-bits")
@@ -100,7 +100,9 @@ class AllocateBits(Pass):
     def _leave_experts(self, program: Program) -> list[Refusal]:
         """Mixtures stay in floating point, as the budget does not count what rounding them does."""
         left: list[Refusal] = []
-        for node in program.nodes(torch.ops.fxopt.moe.default):
+        for node in program.nodes():
+            if kind_of(node) != "experts":
+                continue
             reason = not_selected(node, self.include, self.exclude)
             if reason is None:
                 node.meta[CHOICE] = Choice()

@@ -24,8 +24,8 @@ from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
 from fxopt.passes.quantization.codebook import learn_codebook, outlier_mask
 from fxopt.passes.quantization.parts import store_parts
-from fxopt.passes.quantization.sites import kind_of, not_selected, other_weights, unquantizable
-from fxopt.passes.quantization.weights import free_name, weight_indices, weight_node
+from fxopt.passes.quantization.sites import not_selected, other_weights, unquantizable
+from fxopt.passes.quantization.weights import free_name, kind_of, weight_indices, weight_node
 from fxopt.rewrite.builder import Builder
 
 aten = torch.ops.aten

@@ -37,7 +37,6 @@ from fxopt.passes.quantization.original_inputs import OriginalInputs
 from fxopt.passes.quantization.parts import store_parts
 from fxopt.passes.quantization.seen_inputs import ColumnRounding, Rows, SeenInputs
 from fxopt.passes.quantization.sites import (
-    kind_of,
     mark_heads,
     not_selected,
     unquantizable,
@@ -45,6 +44,7 @@ from fxopt.passes.quantization.sites import (
 )
 from fxopt.passes.quantization.weights import (
     StoredWeight,
+    kind_of,
     read_weight,
     store_weight,
     weight_indices,

@@ -39,8 +39,8 @@ from fxopt.passes.quantization.activations import quantize_activation
 from fxopt.passes.quantization.grid import choose_grid, encode_by_rows
 from fxopt.passes.quantization.options import ActivationOptions, WeightOptions
 from fxopt.passes.quantization.parts import store_parts
-from fxopt.passes.quantization.sites import kind_of, not_selected, unquantizable
-from fxopt.passes.quantization.weights import read_weight, store_weight, weight_node
+from fxopt.passes.quantization.sites import not_selected, unquantizable
+from fxopt.passes.quantization.weights import kind_of, read_weight, store_weight, weight_node
 from fxopt.rewrite.builder import Builder
 
 aten = torch.ops.aten

@@ -41,7 +41,6 @@ from fxopt.passes.quantization.options import ActivationOptions, EmbeddingOption
 from fxopt.passes.quantization.parts import store_parts
 from fxopt.passes.quantization.sites import (
     allocated,
-    kind_of,
     mark_heads,
     not_selected,
     other_weights,
@@ -50,6 +49,7 @@ from fxopt.passes.quantization.sites import (
 )
 from fxopt.passes.quantization.weights import (
     StoredWeight,
+    kind_of,
     quantize_weight,
     weight_indices,
     weight_node,

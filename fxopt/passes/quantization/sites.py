@@ -3,7 +3,7 @@
 import fnmatch
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -12,26 +12,15 @@ from fxopt.analysis.heads import HeadAxis, head_axes
 from fxopt.ir.program import Program, Refusal, dtype_of, module_path
 from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.quantization.options import Choice, WeightOptions
-from fxopt.passes.quantization.weights import weight_indices, weight_node
+from fxopt.passes.quantization.weights import kind_of, weight_indices, weight_node
 
 aten = torch.ops.aten
-Kind = Literal["linear", "embedding", "experts"]
-_KINDS: dict[Any, Kind] = {
-    aten.linear.default: "linear",
-    aten.embedding.default: "embedding",
-    torch.ops.fxopt.moe.default: "experts",
-}
 # Under this key of a node's meta, `allocate-bits` leaves its choice for a linear.
 CHOICE = "quantization_choice"
 # Under this one, `mark_heads` leaves where heads stand in its weight.
 HEADS = "heads_of_attention"
 # Weights with fewer elements are not worth a line of the report.
 _LARGE = 4096
-
-
-def kind_of(node: Node) -> Kind | None:
-    """Whether a node is a linear, an embedding or a mixture of experts."""
-    return _KINDS.get(node.target)
 
 
 def not_selected(node: Node, include: Sequence[str], exclude: Sequence[str]) -> str | None:
@@ -81,7 +70,9 @@ def mark_heads(program: Program, asked: WeightOptions | None) -> None:
     known = head_axes(program)
     sizes = Counter(heads.size for heads in known.values())
     usual = [HeadAxis(0, size) for size, _ in sizes.most_common(1)]
-    for node in program.nodes(aten.linear.default, torch.ops.fxopt.moe.default):
+    for node in program.nodes():
+        if kind_of(node) not in ("linear", "experts"):
+            continue
         weight = weight_node(node, 1) if kind_of(node) == "linear" else None
         heads = None if weight is None else known.get(str(weight.target))
         node.meta[HEADS] = heads or next(iter(usual), None)

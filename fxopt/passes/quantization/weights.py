@@ -1,7 +1,7 @@
 """How a quantized weight is held: packed codes, scales and tables, and the nodes that read them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from fxopt.rewrite.builder import Builder
 
 ops = torch.ops.fxopt
 aten = torch.ops.aten
-# Which arguments are weights, [out, in] or of experts [E, out, in].
-_WEIGHTS: dict[Any, tuple[int, ...]] = {
-    aten.linear.default: (1,),
-    aten.embedding.default: (0,),
-    ops.moe.default: (3, 4),
+Kind = Literal["linear", "embedding", "experts"]
+# What has weights, and which arguments they are: [out, in], or of experts [E, out, in].
+_WEIGHTS: dict[Any, tuple[Kind, tuple[int, ...]]] = {
+    aten.linear.default: ("linear", (1,)),
+    aten.embedding.default: ("embedding", (0,)),
+    ops.moe.default: ("experts", (3, 4)),
 }
 
 
@@ -37,9 +38,14 @@ def weight_node(node: Node, index: int) -> Node | None:
     return weight if isinstance(weight, Node) and weight.op == "get_attr" else None
 
 
+def kind_of(node: Node) -> Kind | None:
+    """Whether a node is a linear, an embedding or a mixture of experts."""
+    return _WEIGHTS[node.target][0] if node.target in _WEIGHTS else None
+
+
 def weight_indices(node: Node) -> tuple[int, ...]:
     """Which arguments of a linear, an embedding or a mixture of experts are its weights."""
-    return _WEIGHTS[node.target]
+    return _WEIGHTS[node.target][1]
 
 
 def quantize_weight(

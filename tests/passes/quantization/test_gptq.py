@@ -12,6 +12,7 @@ from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, module_path
 from fxopt.ir.stored_codes import is_stored_weight, stored_values
 from fxopt.passes.base import Context
+from fxopt.passes.quantization import gptq
 from fxopt.passes.quantization.compensation import compensated, hessian, output_error
 from fxopt.passes.quantization.gptq import Gptq, _Rounding
 from fxopt.passes.quantization.grid import choose_grid
@@ -361,3 +362,18 @@ def test_what_no_rounded_linear_needs_is_neither_computed_nor_held(true_sequenti
     assert not {node.name for (node,) in caches} & {
         node.name for node in rounding.lockstep.values[0]
     }
+
+
+def test_freed_memory_is_handed_back_while_it_runs(monkeypatch):
+    """Weights of layer after layer, or what lies between the codes stays with the process."""
+    released: list[int] = []
+    monkeypatch.setattr(gptq, "release_freed_memory", released.append)
+    monkeypatch.setattr(gptq, "_FREED", 1 << 13)
+    program = canonical_program("bert")
+    manager = Manager(Verifier((), mode="off"), samples=lambda: samples_of(program, 2))
+    manager.run(program, [Gptq(WeightOptions("int4"))])
+    linears = program.nodes(aten.linear.default)
+    bytes_of_weights = sum(program.weight(str(node.args[1].target)).nbytes for node in linears)
+    assert len(released) > 2
+    assert min(released) >= 1 << 13
+    assert bytes_of_weights - (1 << 13) < sum(released) <= bytes_of_weights
