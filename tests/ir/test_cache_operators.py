@@ -103,6 +103,31 @@ def test_a_constant_channel_or_token_is_exact(form, dtype, seed):
     assert torch.equal(recall(form, form.append(empty(form, 2, dtype), x), x), x)
 
 
+@given(st.sampled_from(DTYPES), seeds, st.integers(1, 5))
+def test_no_scale_of_the_eight_is_nearer_to_a_token_in_float8(dtype, seed, length):
+    form, x = StateForm("fp8_e4m3"), numbers(seed, 2, HEADS, length, WIDTH, dtype=dtype)
+    values, scale = form.append(empty(form, 2, dtype), x)
+    wide = x.double()
+    error = (values.double() * scale.double() - wide).square().sum(-1)
+    for step in range(8):
+        tried = (x.float().abs().amax(-1, keepdim=True) / 448 * 2 ** (step / 8)).to(dtype).double()
+        rounded = (wide / tried).clamp(-448, 448).to(torch.float8_e4m3fn).double() * tried
+        # Where two scales are alike, float32 may take the other one.
+        assert (error <= (rounded - wide).square().sum(-1) * (1 + 1e-5)).all()
+
+
+@given(st.sampled_from(TOKEN), seeds, st.integers(-8, 8))
+def test_signs_and_powers_of_two_change_no_more_than_themselves(form, seed, power):
+    x = numbers(seed, 1, HEADS, 3, WIDTH)
+    values, scale = form.append(empty(form, 1), x)
+    opposite, same_scale = form.append(empty(form, 1), -x)
+    assert torch.equal(opposite.float(), -values.float())
+    assert torch.equal(same_scale, scale)
+    same_values, larger = form.append(empty(form, 1), x * 2.0**power)
+    assert torch.equal(same_values.float(), values.float())
+    assert torch.equal(larger, scale * 2.0**power)
+
+
 @pytest.mark.parametrize("form", [*TOKEN, *GROUPED], ids=StateForm.describe)
 def test_zeros_are_exact(form):
     x = torch.zeros(1, HEADS, WINDOW, WIDTH)

@@ -1,6 +1,7 @@
 """Hold the keys and values of a decoder in few bits between calls, in the graph itself.
 
     int8, fp8:   s = max |x| / q_max over a token of a head,  q = round(x / s),  x ~ s q
+                 (fp8: of 8 scales up to twice that, the one of the least squared error)
     int4, int2:  s = (max - min) / (2^b - 1) over a group,  q = round((x - min) / s),  x ~ s q + min
 
 A group is `group` consecutive tokens of a channel of the keys, or `group` consecutive channels of a
