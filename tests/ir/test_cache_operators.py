@@ -116,6 +116,25 @@ def test_no_scale_of_the_eight_is_nearer_to_a_token_in_float8(dtype, seed, lengt
         assert (error <= (rounded - wide).square().sum(-1) * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_float8_number_is_read_as_torch_reads_it(dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[~codes.float().isnan()].view(1, 1, -1, 2)
+    scale, new = torch.ones(1, 1, codes.shape[2], 1, dtype=dtype), torch.empty(1, 1, 0, 2).to(dtype)
+    found = ops.cache_read_token(codes, scale, new)
+    assert torch.equal(found, codes.to(dtype))
+    assert torch.equal(found.signbit(), codes.to(dtype).signbit())
+
+
+@pytest.mark.parametrize("form", TOKEN, ids=StateForm.describe)
+def test_a_token_with_a_nan_is_read_as_nan_and_no_other_is(form):
+    x = numbers(0, 1, HEADS, 3, WIDTH)
+    x[0, 1, 1, 4] = float("nan")
+    found = recall(form, form.append(empty(form, 1), x), x).isnan()
+    assert found[0, 1, 1].all()
+    assert int(found.sum()) == WIDTH
+
+
 @given(st.sampled_from(TOKEN), seeds, st.integers(-8, 8))
 def test_signs_and_powers_of_two_change_no_more_than_themselves(form, seed, power):
     x = numbers(seed, 1, HEADS, 3, WIDTH)
