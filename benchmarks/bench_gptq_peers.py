@@ -52,6 +52,7 @@ class Row:
 # 0.05 is gptqmodel's damping, 0.01 llm-compressor's and ours.
 DAMPED = {"damping": 0.05}
 BY_OUTPUT = {"range": "output"}
+MATCHED = {"match_original": True}  # the default of `gptq`; the other rows are GPTQ as published
 ROWS = {
     "int4 groups of 64": Row(GROUP),
     "int4 groups of 64, damping 0.05": Row(GROUP, options=DAMPED, ours_alone=True),
@@ -64,6 +65,17 @@ ROWS = {
     "int4 per channel, output range": Row({**CHANNEL, **BY_OUTPUT}, ours_alone=True),
     "int4 per channel, other texts, output range": Row(
         {**CHANNEL, **BY_OUTPUT}, first=64, ours_alone=True
+    ),
+    "int4 groups of 64, original outputs": Row(GROUP, options=MATCHED, ours_alone=True),
+    "int4 per channel, original outputs": Row(CHANNEL, options=MATCHED, ours_alone=True),
+    "int4 groups of 64, output range, original outputs": Row(
+        {**GROUP, **BY_OUTPUT}, options=MATCHED, ours_alone=True
+    ),
+    "int4 per channel, output range, original outputs": Row(
+        {**CHANNEL, **BY_OUTPUT}, options=MATCHED, ours_alone=True
+    ),
+    "int4 per channel, other texts, output range, original outputs": Row(
+        {**CHANNEL, **BY_OUTPUT}, first=64, options=MATCHED, ours_alone=True
     ),
 }
 

@@ -9,6 +9,7 @@ not measured stay as they are.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,21 @@ def awq(chosen: dict[str, Any], search: str = "output") -> list[Any]:
     return [{"awq-scale": {"weights": chosen}}, *rounded(chosen, search)]
 
 
-CHANNEL, GROUP, THREE = weights("int4"), weights("int4", 64), weights("int3", 64)
+CHANNEL, GROUP = weights("int4"), weights("int4", 64)
+THREE, TWO = weights("int3", 64), weights("int2", 64)
 PER_HEAD = {"dtype": "int4", "granularity": "head", "groups_per_head": 8}
 INT4_TOKENS = {
     "quantize": {"weights": None, "activations": {"dtype": "int4", "granularity": "token"}, **HEAD}
 }
 INT8_TOKENS = {
     "quantize": {"weights": None, "activations": {"dtype": "int8", "granularity": "token"}, **HEAD}
+}
+FP8_TOKENS = {
+    "quantize": {
+        "weights": None,
+        "activations": {"dtype": "fp8_e4m3", "granularity": "token"},
+        **HEAD,
+    }
 }
 
 ASYMMETRIC = {"granularity": "token", "symmetric": False}
@@ -66,10 +75,13 @@ def static(**options: Any) -> dict[str, Any]:
     return {"quantize": {"activations": activations, **HEAD}}
 
 
-def allocated(sensitivity: str) -> list[Any]:
-    """4-bit groups of 64 or 8 bits per channel for each group of linears."""
-    choices = [{"weights": GROUP}, {"weights": weights("int8")}]
-    chosen = {"choices": choices, "sensitivity": sensitivity, "budget": {"bits": 5.5}, **HEAD}
+def allocated(
+    sensitivity: str, budget: dict[str, Any] | None = None, further: Sequence[Any] = ()
+) -> list[Any]:
+    """4-bit groups of 64, 8 bits per channel or a further choice for each group of linears."""
+    choices = [{"weights": GROUP}, {"weights": weights("int8")}, *further]
+    budget = budget or {"bits": 5.5}
+    chosen = {"choices": choices, "sensitivity": sensitivity, "budget": budget, **HEAD}
     return [{"allocate-bits": chosen}, *rounded(GROUP)]
 
 
@@ -115,6 +127,7 @@ RECIPES: dict[str, list[Any]] = {
     "5.5 bits, allocated by Hessian traces": allocated("trace"),
     "5.5 bits, allocated by eigenvalues": allocated("eigenvalue"),
     "5.5 bits, allocated by output error, gptq": [*allocated("output")[:1], gptq(GROUP)[0]],
+    "20 dB, the fewest bytes": allocated("output", {"sqnr_db": 20}, [{}]),
     "int4 per channel, to nearest": rounded(CHANNEL),
     "int4 per channel, output range": rounded(CHANNEL, "output"),
     "int4 per channel, bias correction": [
@@ -132,6 +145,7 @@ RECIPES: dict[str, list[Any]] = {
     "int4 per channel, gptq, output range, original outputs": matched(CHANNEL),
     "int4 groups of 64, to nearest": rounded(GROUP),
     "int4 groups of 64, mse range": rounded(GROUP, "mse"),
+    "int4 groups of 64, clipped by output error": rounded(GROUP, "output"),
     "int4 groups of 64, awq": awq(GROUP),
     "int4 groups of 64, gptq": gptq(GROUP),
     "int4 groups of 64, gptq, not true-sequential": gptq(GROUP, true_sequential=False),
@@ -154,11 +168,15 @@ RECIPES: dict[str, list[Any]] = {
     "gobo, 3 bits": [{"gobo": {"bits": 3, **HEAD}}],
     "int3 groups of 64, to nearest": rounded(THREE),
     "int3 groups of 64, gptq": gptq(THREE),
+    "int3 groups of 64, gptq, not true-sequential": gptq(THREE, true_sequential=False),
     "int3 groups of 64, gptq, mse range": gptq({**THREE, "range": "mse"}),
     "int3 groups of 64, gptq, output range": gptq({**THREE, "range": "output"}),
     "int3 groups of 64, gptq, output range, original outputs": matched(THREE),
+    "int2 groups of 64, to nearest": rounded(TWO),
+    "int2 groups of 64, gptq, output range, original outputs": matched(TWO),
     "fp8 e4m3 per channel": rounded(weights("fp8_e4m3")),
     "fp8 e5m2 per channel": rounded(weights("fp8_e5m2")),
+    "W8A8 fp8 e4m3 per token": [*rounded(weights("fp8_e4m3")), FP8_TOKENS],
     "W4A8 per token, groups of 64, gptq": [*gptq(GROUP), INT8_TOKENS],
     "W4A4 per token, rotate": [*ROTATE, *rounded(CHANNEL), INT4_TOKENS],
     "W4A4 per token, rotate, gptq": [*ROTATE, *gptq(CHANNEL), INT4_TOKENS],

@@ -68,14 +68,41 @@ class OutputError:
     def of(
         program: Program, samples: Sequence[Sample], outputs: Iterable[Sequence[Tensor]]
     ) -> "OutputError":
-        """From what the unchanged program gives for each sample."""
+        """From what the unchanged program gives for each sample.
+
+        Raises:
+            CalibrationError: no token is real, or what the model gives for one is not finite.
+        """
         logits = {i: is_logits(program.signature.outputs[i]) for i in judged_outputs(program)}
         exact = [{i: output[i] for i in logits} for output in outputs]
         scores = next((i for i in logits if logits[i]), None)
         ids = None if scores is None else _token_ids(program, scores)
         (results,), real = program.graph.output_node().args, RealTokens(program)
         of_decoder = {i: real.of_decoder(results[i]) for i in logits}  # type: ignore[index, arg-type]
-        return OutputError(logits, samples, exact, ids, of_decoder)
+        error = OutputError(logits, samples, exact, ids, of_decoder)
+        error._check()
+        return error
+
+    def _check(self) -> None:
+        if not self.tokens:
+            raise CalibrationError(
+                "errors are judged on calibration data and no token of it is real. Pass inputs "
+                "like those of the model, whose mask leaves some of them in."
+            )
+        for index, logits in self.logits.items():
+            for rows, _ in self._rows(self.exact, index):
+                # A class that is ruled out has a score of minus infinity.
+                if bool((rows.isnan() if logits else ~rows.isfinite()).any()):
+                    raise CalibrationError(
+                        "calibration data drives the model's outputs to NaN or infinity. Check the "
+                        "data and the model's dtype."
+                    )
+
+    @property
+    def tokens(self) -> int:
+        """On how many real tokens, or rows, errors are judged."""
+        first = next(iter(self.logits))
+        return sum(len(rows) for rows, _ in self._rows(self.exact, first))
 
     def cost(self, outputs: Sequence[Sequence[Tensor]]) -> float:
         """Over all outputs, the sum of KL in nats per token or relative squared error."""
@@ -138,7 +165,7 @@ class OutputError:
         return noise / max(signal, 1e-30)
 
     def _rows(
-        self, outputs: Sequence[Sequence[Tensor]], index: int
+        self, outputs: Sequence[Sequence[Tensor] | Mapping[int, Tensor]], index: int
     ) -> Iterable[tuple[Tensor, Tensor]]:
         for sample, exact, output in zip(self.samples, self.exact, outputs, strict=True):
             tokens = sample.real(self.of_decoder[index])

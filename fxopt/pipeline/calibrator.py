@@ -8,7 +8,7 @@ records on its way what later passes need.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fxopt.analysis.calibration import Recorder, linear_inputs, record
 from fxopt.analysis.carrying import Known, derivations
@@ -16,11 +16,20 @@ from fxopt.analysis.samples import Sample
 from fxopt.errors import CalibrationError
 from fxopt.ir.program import Program
 from fxopt.passes.base import Calibration, Pass, PassResult
+from fxopt.pipeline.coverage import gaps
 from fxopt.pipeline.state_basis import fitted
 
 # A pass that watches the program by itself asks for the data and not for a statistic of it.
 _DATA = "samples"
 _ENDS = {"minimum", "maximum"}
+
+
+class Prepared(NamedTuple):
+    """Statistics for a pass, and for the report whether data was read and what it did not show."""
+
+    statistics: Mapping[str, Mapping[str, Any]]
+    calibration: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -52,15 +61,15 @@ class Calibrator:
 
     def prepare(
         self, program: Program, a_pass: Pass, later: Sequence[Pass], samples: Sequence[Sample]
-    ) -> tuple[Mapping[str, Mapping[str, Any]], str]:
-        """The statistics that a pass needs, and how they were come by: for the report."""
+    ) -> "Prepared":
+        """The statistics that a pass needs, and how they were come by."""
         needs = _statistics([a_pass])
         if not needs:
-            return {}, "read" if a_pass.needs() else ""
+            return Prepared({}, "read" if a_pass.needs() else "")
         wanted = {node.name for node in a_pass.observed(program)}
         covered = (self.known.covered.get(need.statistic, set()) for need in needs)
         if all(wanted <= names for names in covered) and self.known.rows >= _rows(needs):
-            return self.known.statistics, "carried over"
+            return Prepared(self.known.statistics, "carried over")
         takers = [one for one in (a_pass, *later) if _statistics([one])]
         asked = _statistics(takers)
         nodes = {node.name: node for one in takers for node in one.observed(program)}
@@ -71,7 +80,8 @@ class Calibrator:
 
         record(program, recorder, samples, at_batch)
         self.known = _found(recorder)
-        return self.known.statistics, "read"
+        found = self.known.statistics
+        return Prepared(found, "read", gaps(nodes.values(), found))
 
     def recorder(
         self, program: Program, a_pass: Pass, later: Sequence[Pass], samples: Sequence[Sample]

@@ -99,14 +99,14 @@ class Manager:
         working = program.clone()
         versions = _versions(program)
         samples = calibrator.batches(program, a_pass)
-        statistics, calibration = calibrator.prepare(program, a_pass, later, samples)
+        prepared = calibrator.prepare(program, a_pass, later, samples)
 
         def at_site(detail: str) -> None:
             self.progress(a_pass.name, detail)
             self.replaced(program, working)
 
         context = Context(
-            statistics=statistics,
+            statistics=prepared.statistics,
             samples=samples,
             recorder=calibrator.recorder(program, a_pass, later, samples),
             progress=at_site,
@@ -138,9 +138,9 @@ class Manager:
             bytes_before=program.byte_count(),
             bytes_after=working.byte_count(),
             seconds=time.perf_counter() - started,
-            notes=result.notes,
+            notes=(*result.notes, *prepared.notes),
             tables=result.tables,
-            calibration=calibration,
+            calibration=prepared.calibration,
             beyond_weights="" if a_pass.for_any_weights else beyond_weights(program, working),
         )
         working.history.append(record)

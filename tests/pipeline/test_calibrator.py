@@ -61,7 +61,7 @@ def carried_over(
     known.prepare(program, later[0], later, samples)
     working = program.clone()
     taker = Calibrator(lambda: samples, lambda name, detail: None)
-    statistics, _ = taker.prepare(program, a_pass, (), samples)
+    statistics = taker.prepare(program, a_pass, (), samples).statistics
     recorder = known.recorder(program, a_pass, later, samples)
     result = a_pass.run(working, Context(statistics, samples, recorder=recorder))
     working.graph_module.recompile()

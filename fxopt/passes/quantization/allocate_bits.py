@@ -11,7 +11,8 @@ Shapes: a group g is the linears that read one activation; W [out, in] with n el
     squared error of hidden states. Prices are bytes, or milliseconds of a call.
 Exactness: equivalent; it marks linears, and `quantize` or `gptq` after it stores them so. Losses
     are those of rounding to nearest, and are taken to add up; what was chosen is measured. Under
-    an accuracy budget the limit on the price is bisected until the measured error just meets it.
+    an accuracy budget the limit on the price is bisected until the measured error just meets it;
+    under a time, the limit is tightened where a call takes longer than was predicted.
     `trace` and `eigenvalue` do not see rounded activations; `eigenvalue` takes some products with
     H for each linear by itself, which is slow beyond small models.
 Source: Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks, NeurIPS
@@ -88,14 +89,18 @@ class AllocateBits(Pass):
         chosen = search.best(self._limit(groups))
         if chosen is None:
             raise self._out_of_reach(search)
+        notes = [f"errors are those of {trials.error.tokens:,} real tokens"]
+        if timed is not None:
+            chosen, compared = timed.held_to(self.budget.limit, search, chosen)
+            notes.insert(0, compared)
         sites = [
             self._mark(node, group, int(choice), float(row[choice]))
             for group, row, choice in zip(groups, loss, chosen.choices, strict=True)
             for node in group.linears
         ]
-        notes = () if timed is None else (timed.compared(chosen.choices.tolist(), chosen.price),)
         tables = (self._frontier(search, chosen),)
-        return PassResult(tuple(sites), tuple(refusals), notes, tables=tables, activations={})
+        found = (tuple(sites), tuple(refusals), tuple(notes))
+        return PassResult(*found, tables=tables, activations={})
 
     def _leave_experts(self, program: Program) -> list[Refusal]:
         """Mixtures stay in floating point, as the budget does not count what rounding them does."""

@@ -55,7 +55,11 @@ class Search:
             return None
         for point in np.linspace(low, max(low, high), _POINTS):
             self._try(float(point))
-        return self._try(limit)
+        return self.within(limit)
+
+    def within(self, limit: float) -> Assignment | None:
+        """The least error within a limit on the price, or None where no choices meet it."""
+        return None if limit < self.cheapest() else self._try(limit)
 
     def cheapest(self) -> float:
         """The least price there is."""

@@ -20,6 +20,7 @@ from fxopt.errors import RecipeError
 from fxopt.ir.program import Level, Program, has_effect
 from fxopt.ir.timing import time_by_turns
 from fxopt.passes.base import Context
+from fxopt.passes.quantization.allocation import Assignment, Search
 from fxopt.passes.quantization.assignment import Matrix
 from fxopt.passes.quantization.linear_groups import LinearGroup
 from fxopt.passes.quantization.options import Choice, WeightOptions
@@ -27,6 +28,8 @@ from fxopt.passes.quantization.quantize import Quantize
 from fxopt.passes.quantization.sites import CHOICE
 
 _FEWEST_ROUNDS, _ENOUGH_SECONDS = 5, 1.0
+# How often another assignment is asked for when one takes longer than the budget.
+_TIGHTENINGS = 3
 
 
 class LatencyPrices:
@@ -74,13 +77,34 @@ class LatencyPrices:
         """How much longer a call takes, in T_0, when some groups take a choice."""
         return self._ratio(np.where(members, choice, 0).tolist(), told) - 1
 
-    def compared(self, chosen: Sequence[int], predicted: float) -> str:
-        """What was predicted for an assignment, and what it takes."""
-        measured = self._ratio(chosen, "the chosen assignment") * self.fastest_base
+    def held_to(self, limit: float, search: Search, chosen: Assignment) -> tuple[Assignment, str]:
+        """An assignment whose measured time is within a limit, and what was predicted for it.
+
+        Where a call takes longer than was predicted, the limit is tightened by as much.
+        """
+        tried = [(self._measured(chosen), chosen)]
+        while tried[-1][0] > limit and len(tried) <= _TIGHTENINGS:
+            measured, last = tried[-1]
+            tighter = search.within(last.price * limit / measured)
+            if tighter is None:
+                break
+            tried.append((self._measured(tighter), tighter))
+        # The first that is within the limit is the last; of none, the one that is nearest to it.
+        met = tried[-1][0] <= limit
+        measured, best = tried[-1] if met else min(tried, key=lambda pair: pair[0])
+        return best, self._compared(best.price, measured, limit)
+
+    def _measured(self, assignment: Assignment) -> float:
+        """The milliseconds of a call."""
+        choices = assignment.choices.tolist()
+        return self._ratio(choices, "the chosen assignment") * self.fastest_base
+
+    def _compared(self, predicted: float, measured: float, limit: float) -> str:
         batch, length = self.shape
+        over = f", {measured / limit - 1:.1%} over the budget" if measured > limit else ""
         return (
             f"one call at batch {batch}, length {length}: {predicted:.4g} ms predicted, "
-            f"{measured:.4g} ms measured, weights rounded to nearest"
+            f"{measured:.4g} ms measured{over}, weights rounded to nearest"
         )
 
     def _ratio(self, chosen: Sequence[int], told: str) -> float:

@@ -81,7 +81,8 @@ class MixedPrecision(Pass):
             sites.append(_keep(rounded[name], f"{detail}, {whole:.3g} without any"))
             if self.target is not None and error <= self.target:
                 break
-        return PassResult(tuple(sites), activations={})
+        notes = (f"errors are those of {trial.exact.tokens:,} real tokens",)
+        return PassResult(tuple(sites), notes=notes, activations={})
 
 
 def static_activations(program: Program) -> dict[str, list[Node]]:

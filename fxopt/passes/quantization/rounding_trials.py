@@ -12,7 +12,6 @@ from fxopt.analysis.curvature import eigenvalues, traces
 from fxopt.analysis.lockstep import Instead, Lockstep
 from fxopt.analysis.output_error import OutputError
 from fxopt.analysis.samples import Sample
-from fxopt.errors import CalibrationError
 from fxopt.ir.program import Program
 from fxopt.passes.quantization.activations import round_by_token
 from fxopt.passes.quantization.assignment import Matrix
@@ -42,13 +41,7 @@ class Trials:
         self.choices = choices
         self.whole = Lockstep(program, samples)
         self.whole.begin()
-        originals = self._outputs({})
-        if any(bool(torch.isnan(value).any()) for batch in originals for value in batch):
-            raise CalibrationError(
-                "calibration data drives the model's outputs to NaN. Check the data and the "
-                "model's dtype."
-            )
-        self.error = OutputError.of(program, samples, originals)
+        self.error = OutputError.of(program, samples, self._outputs({}))
 
     def outputs(self, chosen: Sequence[int]) -> list[list[Tensor]]:
         """What each batch gives when every group follows its choice."""

@@ -1,5 +1,6 @@
 """Bit allocation: budgets are met, what is marked is stored so, and nothing else changes."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ from fxopt.ir.program import Program
 from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.base import Context
 from fxopt.passes.quantization.allocate_bits import AllocateBits
+from fxopt.passes.quantization.allocation import Search
 from fxopt.passes.quantization.budget import Budget
 from fxopt.passes.quantization.gptq import Gptq
 from fxopt.passes.quantization.latency_prices import LatencyPrices, _stretched
 from fxopt.passes.quantization.linear_groups import linear_groups, stored_bytes
 from fxopt.passes.quantization.options import ActivationOptions, Choice, WeightOptions
 from fxopt.passes.quantization.quantize import Quantize
+from fxopt.passes.quantization.rounding_trials import Trials
 from fxopt.passes.quantization.sites import CHOICE
 from fxopt.pipeline.recipe import Recipe
 from fxopt.pipeline.report import Report
@@ -294,3 +297,46 @@ def test_uniform_assignments_are_priced_at_what_they_take():
     everything = 1 + (8 * len(program.nodes(aten.linear.default)) + 2) / 100
     assert float(price[:, 1].sum()) == pytest.approx(everything)
     assert float(price[:, 0].sum()) == pytest.approx(1.0)
+
+
+class Clock:
+    """Stands for prices of time: a call takes `slower` times what is predicted of it."""
+
+    def __init__(self, slower: float) -> None:
+        self.slower = slower
+
+    def held_to(self, limit: float, search: Search):
+        timed = object.__new__(LatencyPrices)
+        timed.shape = (1, 4)
+        timed._measured = lambda assignment: self.slower * assignment.price
+        return timed.held_to(limit, search, search.best(limit))
+
+
+def search_of_times() -> Search:
+    """Eight groups of two choices: 1 ms each and a loss, or 2 ms and none."""
+    program, samples = bert()
+    groups, _ = linear_groups(program, (INT2, INT8), ("*",), ())
+    price = np.tile([1.0, 2.0], (len(groups), 1))
+    loss = np.stack([np.arange(1.0, len(groups) + 1), np.zeros(len(groups))], 1)
+    trials = Trials(program, samples, groups, (INT2, INT8))
+    return Search(loss, price, trials, Budget(milliseconds=1.0), lambda _: None)
+
+
+@pytest.mark.parametrize("slower", [0.8, 1.0, 1.1, 1.3])
+def test_a_time_budget_is_met_by_what_is_measured(slower):
+    search = search_of_times()
+    limit = 1.75 * len(search.price)
+    found, note = Clock(slower).held_to(limit, search)
+    assert slower * found.price <= limit
+    # And no more was given up than it takes: one more group in int8 would not fit, or all are.
+    predicted = limit / max(slower, 1.0)
+    assert found.price == math.floor(predicted)
+    assert "over the budget" not in note
+
+
+def test_a_time_budget_that_nothing_meets_is_said_to_be_missed():
+    search = search_of_times()
+    limit = 1.2 * len(search.price)
+    found, note = Clock(1.5).held_to(limit, search)
+    assert "over the budget" in note
+    assert f"{1.5 * found.price:.4g} ms measured" in note
