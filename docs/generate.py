@@ -1,4 +1,4 @@
-"""Write docs/passes.md and a page for each pass, from docstrings and the files of recipes.
+"""Write docs/passes.md, a page for each pass and one for each recipe, from docstrings and files.
 
 python docs/generate.py           write the pages
 python docs/generate.py --check   say whether the pages are up to date, exit 1 if they are not
@@ -14,7 +14,7 @@ from typing import Any
 
 from fxopt.passes.base import Pass
 from fxopt.pipeline.options import known_passes, options_adapter
-from fxopt.pipeline.recipe import presets
+from fxopt.pipeline.recipe import Recipe, presets
 
 DOCS = Path(__file__).parent
 RECIPES = DOCS.parent / "fxopt" / "pipeline" / "recipes"
@@ -25,6 +25,10 @@ docstrings and the recipes that ship with fxopt. A pass is used by its name in a
 [recipe](recipes.md).
 """
 BACK = "Generated from the pass's docstring; all passes are in [passes.md](../passes.md).\n"
+BACK_FROM_RECIPE = (
+    "Generated from the recipe's file; all recipes are in [passes.md](../passes.md).\n"
+)
+GENERATED = ("passes", "recipes")
 
 
 def pages() -> dict[Path, str]:
@@ -32,7 +36,29 @@ def pages() -> dict[Path, str]:
     found = {Path("passes.md"): _index()}
     for name, cls in known_passes().items():
         found[_page_of(name)] = _pass_page(name, cls)
+    for name, recipe in presets().items():
+        found[_page_of_recipe(name)] = _recipe_page(name, recipe)
     return found
+
+
+def _page_of_recipe(name: str) -> Path:
+    return Path("recipes") / f"{name}.md"
+
+
+def _recipe_page(name: str, recipe: Recipe) -> str:
+    """What a recipe is for, its file, and what each of its passes does, with the papers."""
+    lines = [f"# {name}", "", recipe.description, "", f'`fxopt.optimize(model, "{name}")`', ""]
+    lines += ["```yaml", (RECIPES / f"{name}.yaml").read_text("utf-8").strip(), "```", ""]
+    lines += ["| pass | what it does | source |", "|---|---|---|"]
+    passes = known_passes()
+    lines += [_row(used, passes[used], "../") for used in dict.fromkeys(dict(recipe.entries()))]
+    lines += ["", BACK_FROM_RECIPE]
+    return "\n".join(lines)
+
+
+def _row(name: str, cls: type[Pass], back: str = "") -> str:
+    summary = inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
+    return f"| [{name}]({back}{_page_of(name)}) | {summary} | {_sources(cls)} |"
 
 
 def _page_of(name: str) -> Path:
@@ -41,14 +67,12 @@ def _page_of(name: str) -> Path:
 
 def _index() -> str:
     lines = [HEAD, "| pass | what it does | source |", "|---|---|---|"]
-    for name, cls in known_passes().items():
-        summary = inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
-        lines.append(f"| [{name}]({_page_of(name)}) | {summary} | {_sources(cls)} |")
+    lines += [_row(name, cls) for name, cls in known_passes().items()]
     lines += ["", "# Recipes that ship with fxopt", ""]
     lines += ["| recipe | what it does | passes |", "|---|---|---|"]
     for name, recipe in presets().items():
         passes = ", ".join(dict.fromkeys(f"[{e}]({_page_of(e)})" for e, _ in recipe.entries()))
-        lines.append(f"| `{name}` | {recipe.description} | {passes} |")
+        lines.append(f"| [`{name}`]({_page_of_recipe(name)}) | {recipe.description} | {passes} |")
     return "\n".join(lines) + "\n"
 
 
@@ -162,9 +186,11 @@ def _set_fields(value: Any) -> dict[str, Any]:
 def main() -> int:
     """Write the pages, or compare them."""
     wanted = {DOCS / path: text for path, text in pages().items()}
-    forgotten = set((DOCS / "passes").glob("*.md")) - set(wanted)
+    there = (path for folder in GENERATED for path in (DOCS / folder).glob("*.md"))
+    forgotten = set(there) - set(wanted)
     if "--check" not in sys.argv[1:]:
-        (DOCS / "passes").mkdir(exist_ok=True)
+        for folder in GENERATED:
+            (DOCS / folder).mkdir(exist_ok=True)
         for path, text in wanted.items():
             path.write_text(text, "utf-8")
         for path in forgotten:

@@ -135,6 +135,26 @@ def test_presets_of_methods_store_every_linear_and_the_embeddings(name, passes):
         assert all(is_stored_weight(node.args[place]) for node in found)
 
 
+def test_the_bias_corrected_preset_gives_every_rounded_linear_a_new_bias():
+    _, first, rest = presets()["w4a16-bias-corrected"].build()
+    assert (first.weights.group_size, first.weights.range) == (64, "output")
+    assert first.bias_correction
+    assert not rest.bias_correction
+    data = [{"input_ids": torch.randint(99, (20, 9))} for _ in range(2)]
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = hf.BertModel(hf.BertConfig(**sizes, num_hidden_layers=1, vocab_size=99)).eval()
+    options = {"calibration": data, "progress": False, "target": "reference"}
+    optimized = fxopt.optimize(model, "w4a16-bias-corrected", **options)
+    before, program = dict(model.named_parameters()), optimized.program
+    linears = program.nodes(aten.linear.default)
+    assert len(linears) == 7
+    for node in linears:
+        assert is_stored_weight(node.args[1])
+        bias = program.weight(str(node.args[2].target))
+        assert not torch.equal(bias, before[f"{node.meta['module_path']}.bias"])
+
+
 @pytest.mark.parametrize("width", [32, 48])
 def test_static_peg_stores_a_tied_table_once(width):
     torch.manual_seed(0)
