@@ -25,11 +25,13 @@ seeds = st.integers(0, 10_000)
 
 
 def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal values with outliers, some channels far from zero."""
+    """Normal values with outliers, some channels far from zero, -0 and denormals."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
     x = x * torch.where(torch.rand(shape, generator=generator) < 0.05, 20, 1)
-    return (x + 5 * torch.randn(shape[-1], generator=generator)).to(dtype)
+    x = x + 5 * torch.randn(shape[-1], generator=generator)
+    kind = torch.rand(shape, generator=generator)
+    return torch.where(kind < 0.02, -0.0, torch.where(kind < 0.04, x * 1e-40, x)).to(dtype)
 
 
 def empty(form: StateForm, batch: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -133,6 +135,28 @@ def test_a_token_with_a_nan_is_read_as_nan_and_no_other_is(form):
     found = recall(form, form.append(empty(form, 1), x), x).isnan()
     assert found[0, 1, 1].all()
     assert int(found.sum()) == WIDTH
+
+
+def test_half_steps_of_int8_go_to_the_even_neighbour():
+    ties = torch.arange(-4, 3) + 0.5
+    x = torch.cat([ties, torch.tensor([127.0])]).expand(1, HEADS, 1, WIDTH)
+    values, scale = StateForm("int8").append(empty(StateForm("int8"), 1), x)
+    assert bool((scale == 1).all())
+    assert values[0, 0, 0, :-1].tolist() == [-4, -2, -2, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("form", GROUPED, ids=StateForm.describe)
+def test_half_steps_of_groups_go_to_the_even_neighbour(form):
+    """A group of four from 0 to the largest code, so that a step is 1."""
+    largest = (1 << form.bits) - 1
+    group = torch.tensor([0.0, 0.5, 1.5, float(largest)])
+    along = group.repeat(2)
+    x = along[:, None].expand(WINDOW, WIDTH) if form.per_channel else along.expand(WINDOW, WIDTH)
+    x = x.expand(1, HEADS, WINDOW, WIDTH)
+    found = recall(form, form.append(empty(form, 1), x), x)
+    expected = torch.tensor([0.0, 0.0, 2.0, float(largest)]).repeat(2)
+    shown = expected[:, None] if form.per_channel else expected
+    assert torch.equal(found, shown.expand(found.shape))
 
 
 @given(st.sampled_from(TOKEN), seeds, st.integers(-8, 8))

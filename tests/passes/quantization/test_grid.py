@@ -88,15 +88,35 @@ def test_rounding_twice_changes_nothing(dtype, case, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(dtype=formats, case=shapes, seed=seeds)
-def test_signs_and_powers_of_two_go_through(dtype, case, seed):
+@given(dtype=formats, case=shapes, seed=seeds, bf16=st.booleans())
+def test_signs_and_powers_of_two_go_through(dtype, case, seed, bf16):
+    """Zeros of both signs and denormals too; times four they are not denormals of the same bits."""
     shape, options = case
-    x = weight(seed, shape).abs().clamp(min=1e-3) * torch.where(weight(seed + 1, shape) < 0, -1, 1)
+    x = weight(seed, shape, torch.bfloat16 if bf16 else torch.float32)
     chosen = WeightOptions(dtype, **options)
     plain = choose_grid(x, chosen).round(x)
-    assert torch.equal(choose_grid(4 * x, chosen).round(4 * x), 4 * plain)
     if FORMATS[dtype].kind != "codebook":  # nf4 has one more value below zero than above
         assert torch.equal(choose_grid(-x, chosen).round(-x), -plain)
+    normal = torch.where(x.abs() < 1e-3, 1e-3, x)
+    plain = choose_grid(normal, chosen).round(normal)
+    assert torch.equal(choose_grid(4 * normal, chosen).round(4 * normal), 4 * plain)
+
+
+@settings(max_examples=80, deadline=None)
+@given(dtype=formats, case=shapes, seed=seeds, bf16=st.booleans())
+def test_nothing_is_clipped_and_errors_are_half_a_step_at_most(dtype, case, seed, bf16):
+    shape, options = case
+    x = weight(seed, shape, torch.bfloat16 if bf16 else torch.float32)
+    grid = choose_grid(x, WeightOptions(dtype, **options))
+    scale = spread(grid.scale, x).double()
+    reach = 1.0 if FORMATS[dtype].kind == "codebook" else FORMATS[dtype].high
+    assert bool((x.double().abs() <= reach * scale * (1 + 1e-6)).all())
+    values = all_values(dtype).unique()
+    steps = (x.double() / scale).clamp(values[0], values[-1])
+    above = torch.searchsorted(values, steps.contiguous()).clamp(1, len(values) - 1)
+    half = (values[above] - values[above - 1]) / 2
+    error = (grid.round(x.float()).double() / scale - x.double() / scale).abs()
+    assert bool((error <= half + 1e-5 * (1 + steps.abs())).all())
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,8 +170,55 @@ def test_floating_formats_saturate(dtype):
     assert math.isclose(float(back[0, 3]), 1e4, rel_tol=1e-6)
 
 
-def test_half_steps_go_to_the_even_neighbour():
-    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 7.0]])
-    grid = choose_grid(x, WeightOptions("int4"))
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int3", "int2"])
+def test_half_steps_go_to_the_even_neighbour(dtype):
+    high = FORMATS[dtype].high
+    ties = torch.arange(-high, high) + 0.5
+    x = torch.cat([ties, torch.tensor([float(high)])])[None]
+    grid = choose_grid(x, WeightOptions(dtype))
     assert float(grid.scale) == 1
-    assert grid.encode(x).tolist() == [[0, 2, 2, 0, -2, -2, 7]]
+    codes = grid.encode(x)[0, :-1].int()
+    assert bool((codes % 2 == 0).all())
+    assert bool(((codes - ties).abs() == 0.5).all())
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int3", "int2"])
+def test_with_a_zero_point_the_steps_are_even_and_not_the_codes(dtype):
+    """x / s is rounded first, whatever the zero point: -3 q_max + 1 .. q_max has an odd one."""
+    low, high = FORMATS[dtype].low, FORMATS[dtype].high
+    first = low + 1  # the range [first, first + levels] puts the zero point to -1
+    ties = torch.arange(first, first + high - low) + 0.5
+    x = torch.cat([torch.tensor([float(first)]), ties, torch.tensor([float(first + high - low)])])
+    grid = choose_grid(x[None], WeightOptions(dtype, symmetric=False))
+    assert (float(grid.scale), int(grid.zero_point)) == (1, -1)
+    steps = grid.encode(x[None])[0, 1:-1].int() + 1
+    assert bool((steps % 2 == 0).all())
+    assert bool(((steps - ties).abs() == 0.5).all())
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_ties_of_floating_formats_go_to_the_even_mantissa(dtype):
+    held = FORMATS[dtype].storage
+    values = torch.arange(0x7F, dtype=torch.uint8).view(held).float()
+    values = values[values.isfinite()]
+    ties, largest = (values[1:] + values[:-1]) / 2, values[-1:]
+    x = torch.cat([ties, -ties, largest])[None]
+    grid = choose_grid(x, WeightOptions(dtype))
+    assert float(grid.scale) == 1
+    codes = grid.encode(x)[0, :-1].view(torch.uint8)
+    assert bool((codes % 2 == 0).all())
+    assert torch.equal((grid.decode(grid.encode(x))[0, :-1] - x[0, :-1]).abs(), gaps(values))
+
+
+def gaps(values: Tensor) -> Tensor:
+    """Half of the distance between neighbours, for ties of both signs."""
+    half = (values[1:] - values[:-1]) / 2
+    return torch.cat([half, half])
+
+
+def test_ties_of_a_table_go_to_the_lower_value():
+    table = FORMATS["nf4"].codebook()
+    middles = (table[1:] + table[:-1]) / 2
+    x = torch.cat([middles, torch.tensor([1.0])])[None]
+    codes = choose_grid(x, WeightOptions("nf4")).encode(x)[0, :-1]
+    assert torch.equal(codes.int(), torch.arange(len(middles), dtype=torch.int32))
