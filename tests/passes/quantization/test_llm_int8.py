@@ -9,7 +9,7 @@ from fxopt.analysis.execution import run
 from fxopt.analysis.samples import Sample
 from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program
-from fxopt.ir.stored_codes import stored_values
+from fxopt.ir.stored_codes import is_stored_weight, stored_values
 from fxopt.lowering import LoweringOptions, lower
 from fxopt.passes.quantization.llm_int8 import LlmInt8
 from fxopt.passes.quantization.quantize import Quantize
@@ -86,6 +86,40 @@ def test_the_split_is_exact_but_for_rounding(seed):
     # One step of a token is that of its inliers, none of which is beyond 3.
     bound = 8 * 3 / 127 / 2 * float(weight.abs().max()) + float(step.max()) / 2 * 8 * 3.1
     assert float((found[0] - exact).abs().max()) <= bound
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), outliers=st.sampled_from(["static", "dynamic"]))
+def test_the_split_is_exact_where_nothing_is_rounded(seed, outliers):
+    """Whole numbers up to 127 lie on the grid: what is left is X_o W_o + X_r W_r = X W."""
+    generator = torch.Generator().manual_seed(seed)
+    program = captured(Wide(), torch.randn(2, 3, 8))
+    weight = torch.randint(-127, 128, (*program.weight("first.weight").shape,), generator=generator)
+    x = torch.randint(-127, 128, (2, 3, 8), generator=generator)
+    weight[:, 0], x[..., 1] = 127, -127  # the largest of each row and token
+    program.set_weight("first.weight", weight.float())
+    x = x.float()
+    x[..., [2, 5]] = 300.0 + torch.randint(0, 100, (2, 3, 2), generator=generator)
+    options = {"threshold": 200.0, "include": ("first",), "outliers": outliers}
+    after = manager([Sample([x])]).run(program, [LlmInt8(**options)])
+    assert is_stored_weight(after.nodes(aten.linear.default)[0].args[1])
+    first = program.nodes(aten.linear.default)[0]
+    exact = torch.nn.functional.linear(x, weight.float(), program.constant(first.args[2]))
+    found: list[torch.Tensor] = []
+    total = next(iter(after.nodes(aten.linear.default)[0].users))
+    run(after, [x], lambda node, value: found.append(value) if node.name == total.name else None)
+    assert torch.allclose(found[0], exact, rtol=1e-6, atol=1e-6 * float(exact.abs().max()))
+
+
+def test_dynamic_at_threshold_zero_leaves_activations_in_floating_point():
+    before, after, x = split_program(outliers="dynamic", threshold=0.0)
+    inner = after.nodes(aten.linear.default)[0]
+    bias = before.constant(before.nodes(aten.linear.default)[0].args[2])
+    exact = torch.nn.functional.linear(x, stored_values(after, inner.args[1]), bias)
+    found: list[torch.Tensor] = []
+    total = next(iter(inner.users))
+    run(after, [x], lambda node, value: found.append(value) if node.name == total.name else None)
+    assert torch.allclose(found[0], exact, rtol=1e-5, atol=1e-5)
 
 
 def test_outliers_count_in_no_scale_of_a_token():

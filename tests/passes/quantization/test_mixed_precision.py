@@ -59,6 +59,15 @@ def test_more_kept_is_a_longer_list_and_less_error():
     assert errors[2] < errors[0]
 
 
+def test_with_every_activation_kept_only_the_weights_are_rounded():
+    before, samples = quantized()
+    every = manager(samples).run(before, [MixedPrecision(keep=100)])
+    weights = apply(canonical_program("bert"), activations=None)
+    inputs = samples[0].inputs
+    for one, other in zip(run(every, inputs), run(weights, inputs), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_it_is_deterministic_and_does_nothing_the_second_time():
     before, samples = quantized()
     passes = manager(samples)

@@ -1,4 +1,4 @@
-"""`range: output`: of the ranges that are tried, each block has the one that harms outputs least."""
+"""`range: output`: each block has the range that harms the output least, of those tried."""
 
 import dataclasses
 
