@@ -7,7 +7,7 @@ method and not of a kernel.
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -120,19 +120,30 @@ def preset_samples(subject: MiniLM | SmolLM2, preset: str) -> list[Any]:
     )
 
 
+def one_text(subject: SmolLM2) -> list[Any]:
+    texts = real_models.prose()[:1]
+    return calibration_samples(subject.program.signature, texts, subject.tokenizer, 1, 128, 1)
+
+
 def measure(
     name: str,
     recipes: dict[str, list[Any]],
     console: Console,
     calibrated_as: Mapping[str, str] = MappingProxyType({}),
+    by_one_text: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Figures by title; `calibrated_as` names the presets whose calibration some rows take."""
+    """Figures by title; `calibrated_as` names the presets whose calibration some rows take.
+
+    Rows that would take hours on the larger model see one text there: `by_one_text`.
+    """
     subject = subject_of(name)
     figures: dict[str, Any] = {"unit": subject.unit, "original": getattr(subject, "original", 0.0)}
     for title, passes in recipes.items():
         started = time.perf_counter()
         preset = calibrated_as.get(title)
         samples = subject.samples if preset is None else preset_samples(subject, preset)
+        if title in by_one_text and isinstance(subject, SmolLM2):
+            samples = one_text(subject)
         program = rewritten(subject.program, passes, samples)
         figure = subject.judge(program)
         share = program.byte_count() / subject.program.byte_count()
