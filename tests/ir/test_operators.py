@@ -287,6 +287,52 @@ def test_the_integer_product_is_the_fake_quantized_one(mode, weight_mode, seed, 
     assert float((exact - fake).abs().max()) <= 1e-13 * size
 
 
+# Blocks of an activation [m, 24] and of a weight [2 n, 24], and how wide they are.
+ACTIVATION_BLOCKS = {
+    "tensor": (-1, -1),
+    "token": (1, -1),
+    "embedding group": (-1, 4),
+    "both": (1, 8),
+}
+WEIGHT_BLOCKS = {"tensor": (-1, -1), "channel": (1, -1), "group": (1, 6), "block": (2, 12)}
+
+
+@pytest.mark.parametrize("weight_mode", MODES, ids=IDS)
+@pytest.mark.parametrize("mode", MODES, ids=IDS)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=seeds,
+    m=st.integers(1, 4),
+    n=st.integers(1, 3),
+    block=st.sampled_from(sorted(ACTIVATION_BLOCKS)),
+    weight_block=st.sampled_from(sorted(WEIGHT_BLOCKS)),
+)
+def test_integer_products_of_any_blocks_add_up(mode, weight_mode, seed, m, n, block, weight_block):
+    """Over inputs that share both scales the sum is one of integers; two scales are left."""
+    x, weight = values(seed, m, 24) + 1.5, values(seed + 1, 2 * n, 24) - 0.5
+    blocks = ACTIVATION_BLOCKS[block], WEIGHT_BLOCKS[weight_block]
+    x_scale, x_zero, qx, _ = round_trip(x, blocks[0], mode)
+    w_scale, w_zero, qw, _ = round_trip(weight, blocks[1], weight_mode)
+    fake = ops.dequantize(qx, x_scale.double(), x_zero, blocks[0], torch.float64) @ (
+        ops.dequantize(qw, w_scale.double(), w_zero, blocks[1], torch.float64).T
+    )
+    scales = spread(x_scale.double(), x), spread(w_scale.double(), weight)
+    zeros = [
+        torch.zeros_like(q).long() if zero is None else spread(zero.long(), q)
+        for q, zero in ((qx, x_zero), (qw, w_zero))
+    ]
+    width = math.gcd(*(24 if sizes[1] == -1 else sizes[1] for sizes in blocks))
+    total = torch.zeros(m, 2 * n, dtype=torch.float64)
+    for first in range(0, 24, width):
+        part = slice(first, first + width)
+        a, b = qx[:, part].long(), qw[:, part].long()
+        za, zb = zeros[0][:, first, None], zeros[1][:, first]
+        product = a @ b.T - za * b.sum(1) - a.sum(1, keepdim=True) * zb + width * za * zb
+        total += product.double() * scales[0][:, first, None] * scales[1][:, first]
+    size = float(x_scale.max()) * float(w_scale.max()) * 255 * 255 * 24
+    assert float((total - fake).abs().max()) <= 1e-13 * size
+
+
 # --- attention ------------------------------------------------------------------------------
 
 

@@ -104,6 +104,31 @@ def test_codes_follow_a_scale_and_a_shift(seed, bits, a, c):
     assert torch.equal(found[0][1], found[1][1])
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, bits=bits_of_codes)
+def test_a_table_is_mirrored_with_the_weights(seed, bits):
+    w = 0.1 * torch.randn(12, 40, generator=torch.Generator().manual_seed(seed)).double()
+    assert torch.equal(outlier_mask(w, -1.0), outlier_mask(-w, -1.0))
+    plain, mirrored = learn_codebook(w, bits), learn_codebook(-w, bits)
+    assert torch.allclose(mirrored.table, -plain.table.flip(0), rtol=1e-12, atol=1e-15)
+    assert torch.equal(mirrored.encode(-w), 2**bits - 1 - plain.encode(w))
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=seeds, bits=bits_of_codes, bf16=st.booleans(), exponent=st.sampled_from([0, -38, -44]))
+def test_values_of_the_table_stay_what_they_are(seed, bits, bf16, exponent):
+    """Zeros of both signs and denormals too, each at the nearest of what the table holds."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    w = (weight(seed, dtype=torch.float64) * 10.0**exponent).to(dtype)
+    w[0] = -0.0
+    found = learn_codebook(w, bits)
+    table = found.table.to(dtype)
+    once = table[found.encode(w, dtype).int()]
+    assert torch.equal(table[found.encode(once, dtype).int()], once)
+    nearest = (w.double()[..., None] - table.double()).abs().amin(-1)
+    assert torch.equal((once.double() - w.double()).abs(), nearest)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, bits=bits_of_codes)
 def test_a_table_errs_less_than_equal_steps(seed, bits):

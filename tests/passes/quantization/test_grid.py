@@ -78,12 +78,14 @@ def all_values(dtype: str) -> Tensor:
 
 
 @settings(max_examples=60, deadline=None)
-@given(dtype=formats, case=shapes, seed=seeds)
-def test_rounding_twice_changes_nothing(dtype, case, seed):
+@given(dtype=formats, case=shapes, seed=seeds, bf16=st.booleans())
+def test_rounding_twice_changes_nothing(dtype, case, seed, bf16):
     shape, options = case
-    grid = choose_grid(weight(seed, shape), WeightOptions(dtype, **options))
-    once = grid.round(weight(seed, shape))
-    assert torch.equal(grid.encode(once), grid.encode(weight(seed, shape)))
+    x = weight(seed, shape, torch.bfloat16 if bf16 else torch.float32)
+    grid = choose_grid(x, WeightOptions(dtype, **options))
+    once = grid.round(x)
+    assert once.dtype == x.dtype
+    assert torch.equal(grid.encode(once), grid.encode(x))
     assert torch.equal(grid.round(once), once)
 
 

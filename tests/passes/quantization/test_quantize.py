@@ -7,6 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -885,19 +887,32 @@ def static_parts(program: Program) -> dict[str, tuple[Tensor, Tensor | None, lis
     return found
 
 
-@pytest.mark.parametrize("groups", [2, 4, 8])
-def test_no_value_of_a_group_errs_more_than_half_its_step(groups):
-    program = captured(Wide(), torch.randn(2, 3, 8))
-    x = torch.randn(2, 3, 8) * torch.logspace(-2, 2, 8)
-    after = apply(program, [Sample([x])], activations=grouped(groups))
+@cache
+def wide_program() -> Program:
+    return captured(Wide(), torch.randn(2, 3, 8))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    groups=st.sampled_from([1, 2, 4, 8]),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 10_000),
+    spread=st.floats(0, 3),
+    offset=st.floats(-2, 2),
+)
+def test_no_value_of_a_group_errs_more_than_half_its_step(groups, symmetric, seed, spread, offset):
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(seed)) + offset
+    x = x * torch.logspace(-spread, spread, 8)
+    after = apply(wide_program(), [Sample([x])], activations=grouped(groups, symmetric))
     node = after.nodes(aten.linear.default)[0]
     q, scale, zero, block = node.args[0].args[:4]
-    scale, zero = after.constant(scale), after.constant(zero)
-    assert block == [-1, -1, 8 // groups]
-    assert scale.shape == zero.shape == (1, 1, groups)
-    spans = x.reshape(6, groups, -1)
-    reach = spans.amax((0, 2)).clamp(min=0) - spans.amin((0, 2)).clamp(max=0)
-    assert torch.allclose(scale.flatten(), reach / 255)  # groups = 8: per embedding dimension
+    scale, zero = after.constant(scale), None if zero is None else after.constant(zero)
+    assert block == [-1, -1, 8 // groups if groups > 1 else -1]
+    assert scale.shape == (1, 1, groups)
+    parts = x.reshape(6, groups, -1)
+    low, high = parts.amin((0, 2)).clamp(max=0), parts.amax((0, 2)).clamp(min=0)
+    steps = torch.maximum(high, -low) / 127 if symmetric else (high - low) / 255
+    assert torch.allclose(scale.flatten(), steps)  # groups = 8: per embedding dimension
     codes = ops.quantize(x, scale, zero, block, *q.args[4:])
     error = (ops.dequantize(codes, scale, zero, block, torch.float32) - x).abs()
     assert bool((error.reshape(6, groups, -1) <= scale.reshape(1, -1, 1) * 0.5001).all())
