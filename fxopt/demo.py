@@ -63,7 +63,8 @@ class DemoResult:
             "model": PACKAGE,
             "recipe": RECIPE,
             "sites": {record.name: len(record.sites) for record in history},
-            "refusals": {record.name: len(record.refusals) for record in history},
+            "refusals": {record.name: len(record.refusals) for record in history}
+            | {"lower": sum(not site.replaced for site in self.report.lowering)},
             "bytes_before": self.report.bytes_before,
             "bytes_after": self.report.bytes_after,
             "bytes_held": self.report.bytes_held,

@@ -168,8 +168,9 @@ def test_the_demo(tmp_path, monkeypatch):
     assert found["relative_error"] <= 0.075
     assert found["cosine"] >= 0.997
     assert found["bytes_after"] <= 0.27 * found["bytes_before"]
-    # Kernels hold products of their own: column sums, packed rows.
-    assert found["bytes_held"] <= 0.3 * found["bytes_before"]
+    # Where a machine multiplies floats faster than integers, the floats are held.
+    held = 1.0 if found["refusals"]["lower"] else 0.3
+    assert found["bytes_held"] <= held * found["bytes_before"]
     assert {(s["batch"], s["length"]) for s in found["speeds"]} == {(1, 128), (32, 128)}
     assert (tmp_path / "m" / "tokenizer.json").exists()
 
