@@ -161,8 +161,9 @@ def record(
             run(program, sample.inputs, watch)
         progress(index + 1)
     if not any(sample.count for sample in samples):
+        found = f"its {len(samples)} batches are padding alone" if samples else "it is empty"
         raise CalibrationError(
-            "a static activation range was asked for and the calibration data is empty. Pass "
+            f"statistics of activations are needed, and of the calibration data {found}. Pass "
             "calibration=[...] with inputs like those of the model, or texts where there is a "
             "tokenizer."
         )

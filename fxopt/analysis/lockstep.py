@@ -5,7 +5,7 @@ rewrites the node then sees the effect of its earlier rewrites in everything tha
 ("true sequential"), and the model runs over the data once, whatever the number of sites.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,16 +43,16 @@ class Lockstep:
         for node in self.steps(looked_at, recorder):
             visit(node)
 
-    @torch.no_grad()
     def steps(
         self, looked_at: Iterable[Node] | None = None, recorder: Recorder | None = None
-    ) -> Iterator[Node]:
+    ) -> Generator[Node]:
         """Each call of the program before it is computed.
 
         Nodes that are then put in front of it are computed as they are needed. Where `looked_at`
         says at whose inputs the caller looks, nothing is computed or held that leads to none of
         them: logits and caches of all batches may be larger than the model. A `recorder` is shown
-        what it wants.
+        what it wants. Whoever does not ask for all steps closes the iterator: the values of batches
+        are held until then.
         """
         order = list(self.program.graph.nodes)
         readers = set(order) if looked_at is None else set(looked_at)
@@ -76,6 +76,7 @@ class Lockstep:
             if node in values:
                 recorder.add(node, values[node], sample)
 
+    @torch.no_grad()
     def rows(self, node: Node) -> list[Tensor]:
         """A node's value in each batch, over real tokens, as rows [n, channels].
 
@@ -83,7 +84,7 @@ class Lockstep:
             CalibrationError: a value is not finite.
         """
         found = [
-            self.real.rows(node, values[node], sample)
+            self.real.rows(node, self._load(node, values, {}), sample)
             for values, sample in zip(self.values, self.samples, strict=True)
         ]
         if not all(bool(torch.isfinite(rows).all()) for rows in found):
@@ -97,7 +98,6 @@ class Lockstep:
         """What a node gives that depends on weights alone."""
         return self._load(node, {}, {})
 
-    @torch.no_grad()
     def outputs(self, start: Node, instead: Mapping[Node, Instead]) -> Iterator[list[Tensor]]:
         """What each batch would give if some nodes from `start` on were computed in another way.
 
@@ -108,19 +108,29 @@ class Lockstep:
         order = order[order.index(start) :]
         last = _last_uses(order, set(order))
         for values in self.values:
-            made: dict[Node, Any] = {}
-            for node in order:
-                if node.op != "call_function":
-                    continue
-                own = instead.get(node)
-                if own is None:
-                    made[node] = self._call(node, values, made)
-                else:
-                    made[node] = own(lambda source, v=values, m=made: self._load(source, v, m))
-                for done in last.get(node, ()):
-                    made.pop(done, None)
-            (results,) = order[-1].args
-            yield [self._load(node, values, made) for node in results]  # type: ignore[union-attr]
+            yield self._outputs(values, order, instead, last)
+
+    @torch.no_grad()
+    def _outputs(
+        self,
+        values: dict[Node, Any],
+        order: Sequence[Node],
+        instead: Mapping[Node, Instead],
+        last: Mapping[Node, Sequence[Node]],
+    ) -> list[Tensor]:
+        made: dict[Node, Any] = {}
+        for node in order:
+            if node.op != "call_function":
+                continue
+            own = instead.get(node)
+            if own is None:
+                made[node] = self._call(node, values, made)
+            else:
+                made[node] = own(lambda source: self._load(source, values, made))
+            for done in last.get(node, ()):
+                made.pop(done, None)
+        results: Any = order[-1].args[0]
+        return [self._load(node, values, made) for node in results]
 
     def begin(self) -> None:
         """Hand each batch to the program's inputs; `run` does so by itself."""
@@ -128,6 +138,7 @@ class Lockstep:
         for values, sample in zip(self.values, self.samples, strict=True):
             values.update(zip(inputs, sample.inputs, strict=True))
 
+    @torch.no_grad()
     def compute(self, node: Node) -> None:
         """Compute a node as it is now, unless that was done already or nothing needs it."""
         if node not in self.needed or node in self.constant or node in self.values[0]:

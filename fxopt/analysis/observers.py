@@ -62,7 +62,9 @@ class Histogram:
             return
         low, high = (float(edge) for edge in torch.aminmax(x))
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self._widen(math.frexp(max(-low, high))[1])
+        reach = max(-low, high)
+        if reach > 0:  # zeros lie in a bin of any width
+            self._widen(math.frexp(reach)[1])
         index = torch.floor(x / self.width).to(torch.int64) + HALF
         self.counts += torch.bincount(index, minlength=2 * HALF)
 

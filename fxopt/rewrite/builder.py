@@ -1,5 +1,6 @@
 """Build nodes that carry their shape, dtype and provenance from the moment they exist."""
 
+from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
@@ -49,9 +50,13 @@ class Builder:
 
     def new_weight(self, name: str, value: torch.Tensor) -> Node:
         """Store a tensor under a name that nothing has yet, made from `name`."""
-        known = self.program.weights()
-        names = (name if number == 1 else f"{name}_{number}" for number in count(1))
-        return self.weight(next(free for free in names if free not in known), value)
+        return self.weight(free_name(self.program, name), value)
+
+    def equal_weight(self, name: str, value: torch.Tensor) -> Node:
+        """A tensor that is held under a name made from `name` where it is equal, else a new one."""
+        held = self.program.weights()
+        name = next(n for n in _numbered(name) if n not in held or _equal(held[n], value))
+        return self.read(name) if name in held else self.weight(name, value)
 
     def read(self, name: str, path: str | None = None) -> Node:
         """The node that reads a stored tensor; an existing one is used again if it can be."""
@@ -72,6 +77,22 @@ class Builder:
         node.meta["from_node"] = [*self.before.meta.get("from_node", []), origin]
         self.created.append(node)
         return node
+
+
+def free_name(program: Program, name: str) -> str:
+    """`name`, or with a number behind it where the program holds one already."""
+    held = program.weights()
+    return next(candidate for candidate in _numbered(name) if candidate not in held)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    for number in count(2):
+        yield f"{name}_{number}"
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _plain_name(target: Any) -> str | None:

@@ -72,6 +72,17 @@ def test_batches_do_not_matter(seed, size, cut, data):
 
 
 @settings(max_examples=40, deadline=None)
+@given(seed=seeds, size=sizes, at=st.integers(0, 2))
+def test_a_batch_of_zeros_does_not_widen_the_bins(seed, size, at):
+    parts = list(values(seed, size).split(250))
+    parts.insert(at, torch.zeros(100))
+    found, plain = histogram(*parts), histogram(values(seed, size))
+    assert found.width == plain.width
+    plain.counts[HALF] += 100
+    assert torch.equal(found.counts, plain.counts)
+
+
+@settings(max_examples=40, deadline=None)
 @given(seed=seeds, size=sizes)
 def test_every_value_lies_in_its_bin(seed, size):
     x = values(seed, size, 50)

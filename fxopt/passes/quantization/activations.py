@@ -56,6 +56,12 @@ def round_by_token(x: Tensor, options: ActivationOptions) -> Tensor:
     return ops.dequantize(codes, scale, zero_point, block, x.dtype)
 
 
+def reads_rounded(node: Node) -> bool:
+    """Whether the input of a linear is rounded already."""
+    source = node.args[0]
+    return isinstance(source, Node) and source.target is ops.dequantize.default
+
+
 def width_of(node: Node) -> int:
     """How many inputs a linear has."""
     weight: Any = node.args[1]
@@ -81,10 +87,11 @@ def _static_qparams(
     scale, zero_point = ops.choose_qparams(edges, [-1, 1], options.symmetric, low, high)
     shape = [1] * (len(shape_of(source)) - 1) + [-1]
     name = f"{source.name}_activation"
-    scale_node = build.weight(f"{name}_scale", scale.reshape(shape))
+    # Linears that read the same may be rounded by passes with other options.
+    scale_node = build.equal_weight(f"{name}_scale", scale.reshape(shape))
     if options.symmetric:
         return scale_node, None
-    return scale_node, build.weight(f"{name}_zero_point", zero_point.reshape(shape))
+    return scale_node, build.equal_weight(f"{name}_zero_point", zero_point.reshape(shape))
 
 
 def static_edges(name: str, context: Context, options: ActivationOptions) -> Tensor:

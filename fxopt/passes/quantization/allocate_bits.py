@@ -21,6 +21,7 @@ Source: Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neura
     batches); Yao et al., HAWQ-V3, ICML 2021, arXiv:2011.10680 (integer program).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,7 +92,8 @@ class AllocateBits(Pass):
             raise self._out_of_reach(search)
         notes = [f"errors are those of {trials.error.tokens:,} real tokens"]
         if timed is not None:
-            chosen, compared = timed.held_to(self.budget.limit, search, chosen)
+            limit = math.inf if self.budget.judged_by_output else self.budget.limit
+            chosen, compared = timed.held_to(limit, search, chosen)
             notes.insert(0, compared)
         sites = [
             self._mark(node, group, int(choice), float(row[choice]))

@@ -43,6 +43,15 @@ def hessian(rows: Sequence[Tensor], damping: float, act_order: bool) -> Hessian:
     """
     if not sum(len(part) for part in rows):
         raise CalibrationError("it was never reached by the calibration data.")
+    return factorized(second_moments(rows), damping, act_order)
+
+
+def second_moments(rows: Sequence[Tensor]) -> Tensor:
+    """X^T X of rows [n, in] in batches, float64 [in, in].
+
+    Raises:
+        CalibrationError: squares overflow.
+    """
     moments = torch.zeros(rows[0].shape[1], rows[0].shape[1], dtype=torch.float64)
     for part in rows:
         wide = part.float()
@@ -53,6 +62,15 @@ def hessian(rows: Sequence[Tensor], damping: float, act_order: bool) -> Hessian:
             f"its input reaches {largest:.3g}, whose square is more than float32 holds. Check the "
             "data and the model's dtype."
         )
+    return moments
+
+
+def factorized(moments: Tensor, damping: float, act_order: bool) -> Hessian:
+    """The Hessian of moments [in, in], which get a diagonal where columns were never reached.
+
+    Raises:
+        CalibrationError: no damping makes it positive definite.
+    """
     energy = moments.diagonal()
     moments.diagonal()[energy == 0] = float(energy.mean()) or 1.0
     order = energy.argsort(descending=True, stable=True) if act_order else torch.arange(len(energy))

@@ -25,8 +25,8 @@ from fxopt.passes.base import Context, Exactness, Pass, PassResult, register
 from fxopt.passes.quantization.codebook import learn_codebook, outlier_mask
 from fxopt.passes.quantization.parts import store_parts
 from fxopt.passes.quantization.sites import not_selected, other_weights, unquantizable
-from fxopt.passes.quantization.weights import free_name, kind_of, weight_indices, weight_node
-from fxopt.rewrite.builder import Builder
+from fxopt.passes.quantization.weights import kind_of, weight_indices, weight_node
+from fxopt.rewrite.builder import Builder, free_name
 
 aten = torch.ops.aten
 ops = torch.ops.fxopt

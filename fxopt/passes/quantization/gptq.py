@@ -11,13 +11,16 @@ Exactness: approximate; on the calibration data no output errs more than with it
     original model gives. V is the original weight W, or with `match_original` the one whose outputs
     on Y are nearest to those of the original model, W on its own inputs (see original_inputs). The
     model runs over the data once, node by node, with `match_original` beside the original, and
-    holds one Hessian. With `bias_correction` the mean output over the data is that of W on Y, with
-    `match_original` that of W on its own inputs; biases of experts stay.
+    holds one Hessian. A weight that several linears read is rounded by the inputs that all of them
+    have in the original model, in a run of its own. With `bias_correction` the mean output over the
+    data is that of W on Y, with `match_original` that of W on its own inputs; biases of experts
+    stay.
 Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers, ICLR 2023, arXiv:2210.17323; Li et al., GPTAQ: Efficient Finetuning-Free
     Quantization for Asymmetric Calibration, ICML 2025, arXiv:2504.02692 (`match_original`).
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,17 +31,21 @@ from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.memory import release_freed_memory
 from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
+from fxopt.passes.quantization.activations import quantize_activation, reads_rounded
 from fxopt.passes.quantization.bias_correction import correct_bias
-from fxopt.passes.quantization.compensation import Hessian
+from fxopt.passes.quantization.compensation import Hessian, factorized
 from fxopt.passes.quantization.gptq_experts import ExpertRounding, expert_of, sent_to
 from fxopt.passes.quantization.grid import encode_by_rows
 from fxopt.passes.quantization.options import WeightOptions
 from fxopt.passes.quantization.original_inputs import OriginalInputs
 from fxopt.passes.quantization.parts import store_parts
 from fxopt.passes.quantization.seen_inputs import ColumnRounding, Rows, SeenInputs
+from fxopt.passes.quantization.shared_inputs import SharedInputs
 from fxopt.passes.quantization.sites import (
+    allocated,
     mark_heads,
     not_selected,
+    other_weights,
     unquantizable,
     weight_options,
 )
@@ -103,10 +110,11 @@ class Gptq(Pass):
         store_parts(program, self.include, self.exclude, self.name)
         mark_heads(program, self.weights)
         rounding = _Rounding(self, program, context)
-        rounding.lockstep.run(rounding.visit, rounding.rounded(), context.recorder)
+        with contextlib.closing(rounding):
+            rounding.lockstep.run(rounding.visit, rounding.rounded(), context.recorder)
         return PassResult(
             tuple(rounding.sites),
-            tuple(rounding.refusals),
+            tuple(rounding.refusals + other_weights(program)),
             tuple(dict.fromkeys(rounding.notes)),
             activations={},
         )
@@ -136,7 +144,13 @@ class _Rounding:
         self.latest: tuple[Node, SeenInputs] | None = None
         linears = self.rounded()
         matched = settings.match_original and settings.true_sequential
+        self.shared = SharedInputs(program, context.samples, linears)
         self.original = OriginalInputs(program, context.samples, linears) if matched else None
+
+    def close(self) -> None:
+        """Give up what is held of the data."""
+        if self.original is not None:
+            self.original.close()
 
     def visit(self, node: Node) -> None:
         """Round a linear or experts before they are computed, or (not true_sequential) after."""
@@ -154,10 +168,15 @@ class _Rounding:
             detail = self._store(node, path, options)
         except CalibrationError as error:
             raise CalibrationError(f"gptq of {path}: {error}") from error
-        self.sites.append(Site(module_path(node), f"{options.describe()}{detail}", node.name))
         if not settings.true_sequential:
             self.lockstep.compute(node)
-        build = Builder(self.program, node, settings.name)
+        rounded = self._replace(node)
+        detail = ", ".join([options.describe() + detail, *rounded])
+        self.sites.append(Site(module_path(node), detail, node.name))
+
+    def _replace(self, node: Node) -> list[str]:
+        """Let a node read its stored weights, and an input that is rounded where so allocated."""
+        settings, build = self.settings, Builder(self.program, node, self.settings.name)
         for index in weight_indices(node):
             weight = self._weight(node, index)
             stored = self.done[str(weight.target)]
@@ -171,6 +190,11 @@ class _Rounding:
             # Codes that stay lie between them, so that the C library would keep the pages.
             release_freed_memory(self.freed)
             self.freed = 0
+        choice = allocated(node)
+        if choice is None or choice.activations is None or reads_rounded(node):
+            return []
+        node.update_arg(0, quantize_activation(build, node, choice.activations, self.context))
+        return [choice.activations.describe()]
 
     def rounded(self) -> list[Node]:
         """The linears and mixtures of experts that will be rounded."""
@@ -198,13 +222,22 @@ class _Rounding:
             return ", tied to one before it"
         if kind_of(node) == "experts":
             return self._store_experts(node, path, names, options)
-        inputs = self._inputs(node)
-        self._note(path, inputs.tokens, inputs.hessian)
         (name,) = names
-        found = self.rounding.rounded(inputs, self.program.weight(name), options)
+        weight, shared = self.program.weight(name), self.shared.take(name)
+        if shared is None:
+            inputs = self._inputs(node)
+            self._note(path, inputs.tokens, inputs.hessian)
+            found = self.rounding.rounded(inputs, weight, options)
+        else:
+            moments, tokens = shared
+            h = factorized(moments, self.settings.damping, self.settings.act_order)
+            self._note(path, tokens, h)
+            found = self.rounding.by_hessian(h, weight, options)
         codes = encode_by_rows(found.grid, found.values)
         self.done[name] = store_weight(self.program, name, codes, found.grid)
-        return f", output error {found.share:.2f}x of rounding to nearest"
+        calls = self.shared.calls[name]
+        of = f" of the {calls} linears that read it" if calls > 1 else ""
+        return f", output error{of} {found.share:.2f}x of rounding to nearest"
 
     def _store_experts(
         self, node: Node, path: str, names: Sequence[str], options: WeightOptions

@@ -12,7 +12,8 @@ Source: Li et al., GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric 
     each step of the columns.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +47,11 @@ class OriginalInputs:
         source: Any = node.args[0]
         return self._lockstep.rows(source)
 
-    def _given_up_behind(self, original: Program, looked_at: list[Node]) -> Iterator[Node]:
+    def close(self) -> None:
+        """End the run, and hold nothing of it any longer."""
+        self._steps.close()
+
+    def _given_up_behind(self, original: Program, looked_at: list[Node]) -> Generator[Node]:
         """The steps of the run; weights that none after them reads are held no longer."""
         last: dict[str, Node] = {}
         for node in original.nodes():
@@ -55,11 +60,12 @@ class OriginalInputs:
         for name, node in last.items():
             done.setdefault(node, []).append(name)
         before: Node | None = None
-        for node in self._lockstep.steps(looked_at):
-            for name in done.get(before, ()) if before is not None else ():
-                original.set_weight(name, torch.empty(0))
-            before = node
-            yield node
+        with contextlib.closing(self._lockstep.steps(looked_at)) as steps:
+            for node in steps:
+                for name in done.get(before, ()) if before is not None else ():
+                    original.set_weight(name, torch.empty(0))
+                before = node
+                yield node
 
 
 class InputChange:

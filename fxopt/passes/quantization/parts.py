@@ -15,8 +15,7 @@ from torch.fx import Node
 
 from fxopt.ir.program import Program
 from fxopt.passes.quantization.sites import not_selected
-from fxopt.passes.quantization.weights import free_name
-from fxopt.rewrite.builder import Builder
+from fxopt.rewrite.builder import Builder, free_name
 from fxopt.rewrite.driver import erase_dead
 from fxopt.rewrite.sizes import fixed
 

@@ -26,7 +26,6 @@ Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformer
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -35,9 +34,18 @@ from fxopt.errors import CalibrationError, RecipeError
 from fxopt.ir.program import Level, Program, Refusal, Site, module_path
 from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult, register
-from fxopt.passes.quantization.activations import quantize_activation, width_of
+from fxopt.passes.quantization.activations import (
+    quantize_activation,
+    reads_rounded,
+    width_of,
+)
 from fxopt.passes.quantization.bias_correction import correct_bias
-from fxopt.passes.quantization.options import ActivationOptions, EmbeddingOptions, WeightOptions
+from fxopt.passes.quantization.options import (
+    ActivationOptions,
+    Choice,
+    EmbeddingOptions,
+    WeightOptions,
+)
 from fxopt.passes.quantization.parts import store_parts
 from fxopt.passes.quantization.sites import (
     allocated,
@@ -158,8 +166,9 @@ class Quantize(Pass):
     def _impossible(self, program: Program, node: Node) -> str | None:
         options, activations = self._weight_options(node), self._activation_options(node)
         if options is None and activations is None:
-            if allocated(node) is not None:
-                return "allocate-bits leaves it in floating point"
+            choice = allocated(node)
+            if choice is not None:
+                return _left_by(choice, is_stored_weight(node.args[1]))
             return "weights are null, and activations of experts are not rounded"
         misfit = None if activations is None else activations.misfit(width_of(node))
         if options is not None:
@@ -168,9 +177,7 @@ class Quantize(Pass):
             return misfit
         if not is_stored_weight(node.args[1]) and weight_node(node, 1) is None:
             return "the weight is computed in the graph, not stored"
-        source: Any = node.args[0]
-        rounded = isinstance(source, Node) and source.target is torch.ops.fxopt.dequantize.default
-        return "its input is already rounded" if rounded else None
+        return "its input is already rounded" if reads_rounded(node) else None
 
     def _weight(
         self,
@@ -182,7 +189,7 @@ class Quantize(Pass):
     ) -> list[str]:
         options = self._weight_options(node)
         if options is None:
-            return []
+            return _left_behind(node)
         kind, indices = kind_of(node), weight_indices(node)
         exact = weight_node(node, indices[0])
         judged = kind == "linear" and self._judges_output()
@@ -215,6 +222,23 @@ class Quantize(Pass):
             return []
         node.update_arg(0, quantize_activation(build, node, options, context))
         return [options.describe()]
+
+
+def _left_by(choice: Choice, stored: bool) -> str:
+    """Why a pass leaves a linear alone for which `allocate-bits` chose no activations."""
+    if choice.weights is None:
+        return "allocate-bits leaves it in floating point"
+    if stored:
+        return "allocate-bits leaves its activations in floating point"
+    return f"allocate-bits chose {choice.describe()}, and weights are null here"
+
+
+def _left_behind(node: Node) -> list[str]:
+    """What to say of a weight for which bits are allocated and that this pass does not store."""
+    choice = allocated(node)
+    if choice is None or choice.weights is None or is_stored_weight(node.args[1]):
+        return []
+    return [f"{choice.weights.describe()} left to a pass behind"]
 
 
 def _sorted_otherwise(program: Program, options: ActivationOptions | None) -> tuple[str, ...]:

@@ -70,7 +70,11 @@ class ColumnRounding:
     def rounded(self, inputs: SeenInputs, weight: Tensor, options: WeightOptions) -> Compensated:
         """A weight [out, in] that reads an input."""
         aim = weight if inputs.change is None else inputs.change.make_up(weight)
-        return compensated(aim, options, inputs.hessian, self.block_size, self.static_groups)
+        return self.by_hessian(inputs.hessian, aim, options)
+
+    def by_hessian(self, h: Hessian, weight: Tensor, options: WeightOptions) -> Compensated:
+        """A weight [out, in] as it is, by the Hessian of what reads it."""
+        return compensated(weight, options, h, self.block_size, self.static_groups)
 
 
 def _mean(rows: Sequence[Tensor]) -> Tensor:

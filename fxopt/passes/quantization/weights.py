@@ -10,7 +10,7 @@ from torch.fx import Node
 from fxopt.ir.program import CONSTANTS, Program
 from fxopt.passes.quantization.grid import Grid, encoded, output_loss
 from fxopt.passes.quantization.options import WeightOptions
-from fxopt.rewrite.builder import Builder
+from fxopt.rewrite.builder import Builder, free_name
 
 ops = torch.ops.fxopt
 aten = torch.ops.aten
@@ -36,6 +36,12 @@ def weight_node(node: Node, index: int) -> Node | None:
     """The `get_attr` node of a weight operand, or None."""
     weight = node.args[index]
     return weight if isinstance(weight, Node) and weight.op == "get_attr" else None
+
+
+def weight_name(linear: Node) -> str:
+    """The name under which the weight of a linear is held."""
+    weight: Any = linear.args[1]
+    return str(weight.target)
 
 
 def kind_of(node: Node) -> Kind | None:
@@ -109,13 +115,3 @@ def read_weight(build: Builder, stored: StoredWeight, dtype: torch.dtype) -> Nod
     zero = None if grid.zero_point is None else build.read(f"{stored.name}_zero_point")
     scale = build.read(f"{stored.name}_scale")
     return build.call(ops.dequantize.default, node, scale, zero, list(grid.block), dtype)
-
-
-def free_name(program: Program, name: str) -> str:
-    """`name`, or with a number behind it where the program holds one already."""
-    held = program.weights()
-    candidate, number = name, 1
-    while candidate in held:
-        number += 1
-        candidate = f"{name}_{number}"
-    return candidate

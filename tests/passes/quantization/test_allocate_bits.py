@@ -13,7 +13,7 @@ import fxopt
 from fxopt.analysis.execution import run
 from fxopt.analysis.output_error import OutputError
 from fxopt.errors import CalibrationError, QualityFloorError, RecipeError
-from fxopt.ir.program import Program
+from fxopt.ir.program import Program, module_path
 from fxopt.ir.stored_codes import is_stored_weight
 from fxopt.passes.base import Context
 from fxopt.passes.quantization.allocate_bits import AllocateBits
@@ -340,3 +340,62 @@ def test_a_time_budget_that_nothing_meets_is_said_to_be_missed():
     found, note = Clock(1.5).held_to(limit, search)
     assert "over the budget" in note
     assert f"{1.5 * found.price:.4g} ms measured" in note
+
+
+@pytest.mark.parametrize("slower", [0.5, 3.0])
+@pytest.mark.parametrize(
+    ("name", "budget"), [("bert", {"sqnr_db": 25.0}), ("llama", {"kl": 1e-4})], ids=str
+)
+def test_the_least_time_within_an_accuracy_is_held_to_the_accuracy_alone(
+    name, budget, slower, monkeypatch
+):
+    """Whatever was measured of it: dB and nats are no milliseconds."""
+    program, samples = bert() if name == "bert" else decoder()
+    monkeypatch.setattr(LatencyPrices, "_call", lambda self, chosen, told: lambda: chosen)
+    monkeypatch.setattr(LatencyPrices, "_measured", lambda self, found: slower * found.price)
+
+    def ratio(self, chosen, told):
+        self.fastest_base = 20.0
+        return sum(1 + choice for choice in chosen) / len(chosen)
+
+    monkeypatch.setattr(LatencyPrices, "_ratio", ratio)
+    context = Context(samples=samples, lowered_call=lambda program, shape: lambda: None)
+    limit = Budget(**budget, spend="milliseconds")
+    result = AllocateBits(budget=limit, choices=(INT2, INT8, FLOAT)).run(program.clone(), context)
+    (row,) = [row for row in result.tables[0].rows if row[-1] == "chosen"]
+    assert row[3] >= 25 if name == "bert" else row[3] <= 1e-4
+    assert "over the budget" not in result.notes[0]
+    assert f"{slower * row[0]:.3g}"[:3] in result.notes[0]
+
+
+def test_gptq_rounds_the_activations_that_were_chosen():
+    program, samples = bert()
+    rounded = Choice(WeightOptions("int8"), ActivationOptions())
+    after = apply(program, samples, Gptq(), choices=(INT4, rounded), budget=Budget(bits=7))
+    told = {site.path: site.detail for site in after.history[-1].sites}
+    assert rounded in chosen(after)
+    assert INT4 in chosen(after)
+    for node in after.nodes(aten.linear.default):
+        is_rounded = node.meta[CHOICE] == rounded
+        assert (node.args[0].target is torch.ops.fxopt.dequantize.default) == is_rounded
+        assert told[module_path(node)].endswith(", int8 activation per token") == is_rounded
+    with pytest.warns(UserWarning, match="its input is already rounded"):
+        again = manager(samples).run(after, [Quantize(None, ActivationOptions())])
+    assert signature_of(again) == signature_of(after)
+
+
+def test_what_a_pass_without_weights_leaves_of_a_choice_is_said():
+    program, samples = bert()
+    rounded = Choice(WeightOptions("int8"), ActivationOptions())
+    activations = Quantize(weights=None, activations=ActivationOptions())
+    after = apply(program, samples, activations, choices=(INT4, rounded), budget=Budget(bits=7))
+    record = after.history[-1]
+    assert {site.detail for site in record.sites} == {
+        "int8 weight per channel left to a pass behind, int8 activation per token"
+    }
+    assert {refusal.reason for refusal in record.refusals} == {
+        "allocate-bits chose int4 weight per channel, and weights are null here"
+    }
+    stored = manager(samples).run(after, [Gptq()])
+    with pytest.warns(UserWarning, match="allocate-bits leaves its activations in floating point"):
+        manager(samples).run(stored, [activations])

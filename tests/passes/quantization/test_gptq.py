@@ -1,5 +1,7 @@
 """GPTQ: its invariants, what it stores, and what it does when the calibration data is poor."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -377,3 +379,91 @@ def test_freed_memory_is_handed_back_while_it_runs(monkeypatch):
     assert len(released) > 2
     assert min(released) >= 1 << 13
     assert bytes_of_weights - (1 << 13) < sum(released) <= bytes_of_weights
+
+
+class Recurrent(nn.Module):
+    """One linear that reads two inputs of unlike channels."""
+
+    def __init__(self, width: int = 48):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+        self.gain = nn.Parameter(torch.logspace(-1.5, 1.5, width).flip(0))
+
+    def forward(self, x):
+        return self.linear(self.norm(self.linear(x)) * self.gain)
+
+
+def rounded_weight(program: Program) -> Tensor:
+    return stored_values(program, program.nodes(aten.linear.default)[0].args[1])
+
+
+@pytest.mark.parametrize("match_original", [True, False])
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_a_weight_of_several_linears_is_rounded_for_all_of_them(match_original, true_sequential):
+    torch.manual_seed(0)
+    module = Recurrent().eval()
+    x = torch.randn(3, 40, 48) * torch.logspace(-1.5, 1.5, 48)
+    program, samples = captured(module, x[:1]), [Sample([part[None]]) for part in x]
+    after = apply(
+        program,
+        samples,
+        weights=WeightOptions("int3"),
+        match_original=match_original,
+        true_sequential=true_sequential,
+    )
+    weight = program.constant(program.nodes(aten.linear.default)[0].args[1])
+    with torch.no_grad():
+        read = [x.reshape(-1, 48), (module.norm(module.linear(x)) * module.gain).reshape(-1, 48)]
+    inputs = torch.cat(read)
+    expected = compensated(weight, WeightOptions("int3"), hessian([inputs], 0.01, True), 128, True)
+    assert torch.allclose(rounded_weight(after), expected.values, atol=1e-6)
+    errors = ((rounded_weight(after) - weight) @ inputs.T).square().sum(1)
+    nearest = choose_grid(weight, WeightOptions("int3")).round(weight)
+    assert bool((errors <= 1.001 * ((nearest - weight) @ inputs.T).square().sum(1)).all())
+    first, second = after.history[-1].sites
+    assert "output error of the 2 linears that read it" in first.detail
+    assert "tied to one before it" in second.detail
+
+
+def test_a_linear_that_reads_a_parameter_is_rounded_by_it():
+    class Queries(nn.Module):
+        """As a Perceiver: some queries are learned."""
+
+        def __init__(self):
+            super().__init__()
+            self.learned = nn.Parameter(torch.randn(1, 7, 16))
+            self.query, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.query(self.learned)) + x)
+
+    torch.manual_seed(0)
+    program, samples = captured(Queries(), torch.randn(2, 7, 16)), [Sample([torch.randn(2, 7, 16)])]
+    for matched in (True, False):
+        after = apply(program, samples, weights=WeightOptions("int4"), match_original=matched)
+        assert [site.path for site in after.history[-1].sites] == ["query", "out"]
+        learned = program.weight("learned")[0]
+        weight = program.constant(program.nodes(aten.linear.default)[0].args[1])
+        h = hessian([learned], 0.01, True)
+        expected = compensated(weight, WeightOptions("int4"), h, 128, True)
+        assert torch.equal(rounded_weight(after), expected.values)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_the_data_is_held_when_it_has_run(fails):
+    """A run that is collected later would change the mode of gradients amid another trace."""
+    torch.manual_seed(0)
+    program, x = captured(Wide(), torch.randn(2, 3, 8)), torch.randn(2, 3, 8)
+    gc.collect()
+    known = {id(thing) for thing in gc.get_objects() if isinstance(thing, Lockstep)}
+    gc.disable()
+    try:
+        if fails:
+            with pytest.raises(CalibrationError, match="float32 holds"):
+                apply(program, [Sample([1e20 * x])], weights=WeightOptions("int4"))
+        else:
+            apply(program, [Sample([x])], weights=WeightOptions("int4"))
+        held = [thing for thing in gc.get_objects() if isinstance(thing, Lockstep)]
+        assert all(id(thing) in known or not any(thing.values) for thing in held)
+    finally:
+        gc.enable()

@@ -221,3 +221,59 @@ def test_dynamic_lowered_uses_both_int8_kernels():
         for a, b in zip(run(lowered, inputs), run(after, inputs), strict=True):
             if a.is_floating_point():
                 assert float((a - b).norm()) <= 1e-3 * float(b.norm() + 1e-6)
+
+
+def test_outliers_are_those_of_the_model_before_any_linear_was_split():
+    """The second linear reads what the split of the first gives, without anything between."""
+
+    class Pair(Wide):
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    torch.manual_seed(0)
+    program, x = captured(Pair(), torch.randn(2, 3, 8)), outlying(0)
+    first = program.nodes(aten.linear.default)[0]
+    weight, bias = (program.constant(first.args[i]) for i in (1, 2))
+    hidden = torch.nn.functional.linear(x, weight, bias)
+    threshold = float(hidden.abs().amax((0, 1)).median())
+    after = manager([Sample([x])]).run(program, [LlmInt8(threshold=threshold)])
+    expected = int((hidden.abs().amax((0, 1)) >= threshold).sum())
+    assert [site.detail.rpartition("channel, ")[2] for site in after.history[-1].sites] == [
+        f"{int((x.abs().amax((0, 1)) >= threshold).sum())} of 8 columns in floating point",
+        f"{expected} of 8 columns in floating point",
+    ]
+    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], rtol=0.05, atol=0.5)
+
+
+class Again(Wide):
+    """One linear on two inputs with outliers in different columns."""
+
+    def forward(self, x):
+        return self.first(x) + self.first(x.flip(-1))
+
+
+@pytest.mark.parametrize("outliers", ["static", "dynamic"])
+def test_a_weight_that_two_linears_read_is_held_once(outliers):
+    torch.manual_seed(0)
+    program, x = captured(Again(), torch.randn(2, 3, 8)), outlying(0)
+    after = manager([Sample([x])]).run(program, [LlmInt8(outliers=outliers)])
+    stored = [name for name, value in after.weights().items() if value.dtype == torch.int8]
+    assert len(stored) == 1
+    if outliers == "static":  # columns 2 and 5 of either: 2, 5 and their mirrors 5, 2
+        details = {site.detail for site in after.history[-1].sites}
+        assert details == {"int8 per token and channel, 2 of 8 columns in floating point"}
+        assert sum("outlier_columns" in name for name in after.weights()) == 1
+    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], rtol=0.05, atol=0.5)
+
+
+def test_outliers_of_a_shared_weight_are_those_of_all_that_read_it():
+    class Shifted(Wide):
+        def forward(self, x):
+            return self.first(x) + self.first(x.roll(1, -1))
+
+    torch.manual_seed(0)
+    program, x = captured(Shifted(), torch.randn(2, 3, 8)), outlying(0)
+    after = manager([Sample([x])]).run(program, [LlmInt8()])
+    (columns,) = (value for name, value in after.weights().items() if name.endswith(".outliers"))
+    assert columns.tolist() == [2, 3, 5, 6]
+    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], rtol=0.05, atol=0.5)

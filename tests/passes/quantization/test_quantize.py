@@ -14,6 +14,7 @@ from torch.fx import Node
 
 import fxopt
 from fxopt.analysis.calibration import collect, linear_inputs
+from fxopt.analysis.execution import run
 from fxopt.analysis.samples import Sample, real_rows
 from fxopt.capture import capture_program
 from fxopt.errors import CalibrationError, RecipeError
@@ -21,6 +22,9 @@ from fxopt.ir.program import Level, Program, module_path
 from fxopt.passes.base import Context
 from fxopt.passes.canonicalize.canonicalize import Canonicalize
 from fxopt.passes.equivalence.awq_scale import AwqScale
+from fxopt.passes.quantization.gobo import Gobo
+from fxopt.passes.quantization.gptq import Gptq
+from fxopt.passes.quantization.llm_int8 import LlmInt8
 from fxopt.passes.quantization.options import (
     ActivationOptions,
     Choice,
@@ -442,9 +446,15 @@ def test_without_any_site_the_user_is_warned():
         ("vit", "embeddings.patch_embeddings.projection.weight", r"\[32, 3, 8, 8\].*conv2d"),
     ],
 )
-def test_weights_without_a_rule_are_reported(name, site, reason):
+@pytest.mark.parametrize(
+    "rounded",
+    [Quantize(activations=TOKEN), Gptq(WeightOptions()), LlmInt8(outliers="dynamic"), Gobo()],
+    ids=lambda rounded: rounded.name,
+)
+def test_weights_without_a_rule_are_reported(rounded, name, site, reason):
     before = canonical_program(name)
-    after = apply(before, activations=TOKEN)
+    samples = [Sample(before.examples[0])] if isinstance(rounded, Gptq) else []
+    after = manager(samples).run(before, [rounded])
     assert site in refusals(after)
     assert refusals(after)[site].endswith("has no quantized form yet")
     assert re.search(reason, refusals(after)[site])
@@ -680,7 +690,7 @@ def test_calibration_without_real_tokens_is_refused():
     program = canonical_program("bert")
     batch = bert_batch(1, 4, 0)
     empty = Sample(as_sample(program, batch).inputs, torch.zeros(1, 4, dtype=torch.bool))
-    with pytest.raises(CalibrationError):
+    with pytest.raises(CalibrationError, match="its 1 batches are padding alone"):
         apply(program, [empty], activations=TENSOR)
 
 
@@ -933,3 +943,45 @@ def test_what_a_recipe_says_nothing_of_is_no_refusal():
     assert not any("floating point" in refusal.reason for refusal in result.refusals)
     linears = program.nodes(torch.ops.aten.linear.default)
     assert all(node.args[1].op == "get_attr" for node in linears)
+
+
+class Both(nn.Module):
+    """Two linears that read one norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.first(x), self.second(x)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    "other",
+    [
+        ActivationOptions("int4", "tensor"),
+        ActivationOptions("int8", "embedding_group", groups=4),
+        ActivationOptions("int8", "tensor", symmetric=False),
+    ],
+    ids=["bits", "groups", "asymmetric"],
+)
+def test_linears_of_one_input_that_two_passes_round_keep_their_own_scales(other, order):
+    torch.manual_seed(0)
+    program, samples = captured(Both(), torch.randn(2, 3, 8)), [Sample([torch.randn(4, 5, 8)])]
+    passes = [
+        Quantize(activations=TENSOR, include=("first",)),
+        Quantize(activations=other, include=("second",)),
+    ]
+    after = manager(samples).run(program, [passes[index] for index in order])
+    first, second = run(after, samples[0].inputs)
+    assert torch.equal(first, run(manager(samples).run(program, passes[:1]), samples[0].inputs)[0])
+    assert torch.equal(second, run(manager(samples).run(program, passes[1:]), samples[0].inputs)[1])
+
+
+def test_linears_of_one_input_that_one_pass_rounds_share_a_scale():
+    program, samples = captured(Both(), torch.randn(2, 3, 8)), [Sample([torch.randn(4, 5, 8)])]
+    after = apply(program, samples, activations=TENSOR)
+    first, second = (node.args[0].args[1] for node in after.nodes(aten.linear.default))
+    assert first.target == second.target
