@@ -62,6 +62,7 @@ from fxopt.rewrite.builder import Builder
 _ROUNDED = ("linear", "experts")
 # Bytes of rounded weights after which freed memory is handed back, which takes half a second.
 _FREED = 64 << 20
+_BY_TOKENS = " and rounded for the tokens of that one"
 
 
 @register("gptq")
@@ -219,7 +220,7 @@ class _Rounding:
         """Store the rounded weights, unless a tied site did; what the report says of them."""
         names = [str(self._weight(node, index).target) for index in weight_indices(node)]
         if all(name in self.done for name in names):
-            return ", tied to one before it"
+            return ", tied to one before it" + _BY_TOKENS * (kind_of(node) == "experts")
         if kind_of(node) == "experts":
             return self._store_experts(node, path, names, options)
         (name,) = names
