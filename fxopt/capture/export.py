@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from fxopt.capture.evaluation import evaluation_mode
+from fxopt.capture.grouped_products import take_any_dtype
 from fxopt.capture.parametrizations import compute_parametrized_weights
 from fxopt.capture.ranges import SizeFacts, size_facts
 from fxopt.capture.tensors import named_tensors
@@ -161,6 +162,7 @@ def _clean(
     _flatten_calling_convention(graph, names)
     _record_module_paths(graph)
     graph.eliminate_dead_code(has_effect)
+    take_any_dtype(graph)
     _refuse_state(graph)
     graph_module, aliases = _adopt_weights(traced, module)
     compute_parametrized_weights(graph_module)

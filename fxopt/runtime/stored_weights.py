@@ -42,6 +42,7 @@ def write_weights(path: Path, program: Program) -> dict[str, StoredWeight]:
     table: dict[str, StoredWeight] = {}
     tensors: dict[str, Tensor] = {}
     first: dict[tuple[Any, ...], str] = {}
+    written: set[int] = set()
     for name, tensor in program.weights().items():
         _check_storable(name, tensor)
         key = _identity(tensor)
@@ -54,7 +55,11 @@ def write_weights(path: Path, program: Program) -> dict[str, StoredWeight]:
             continue
         first[key] = name
         stored.order = _memory_order(tensor)
-        tensors[name] = _flat_copy(tensor, stored.order)
+        flat = _flat_copy(tensor, stored.order)
+        memory = flat.untyped_storage().data_ptr()
+        # Two views of one storage, each as large as it, would be one tensor to safetensors.
+        tensors[name] = flat.clone() if flat.numel() and memory in written else flat
+        written.add(memory)
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:

@@ -6,6 +6,7 @@ import transformers as hf
 from torch import nn
 from transformers import masking_utils
 
+import fxopt
 from fxopt.analysis.execution import run
 from fxopt.capture import capture_program
 from fxopt.capture.attention import IMPLEMENTATION, _recognize, name_activation
@@ -293,3 +294,18 @@ def test_positions_that_hardly_matter_are_still_counted():
         expected = model(**ids).logits
     found = run(program, keyword_inputs(program.signature, ids))[0]
     assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_experts_in_bfloat16_are_judged_saved_and_loaded(tmp_path):
+    """They are exported with an operator that takes no float64 and that no folder may name."""
+    torch.manual_seed(0)
+    model = ZOO["gptoss"]().eval().to(torch.bfloat16)
+    made = fxopt.optimize(model, "w8a16", progress=False)
+    assert made.report.history[-1].sites
+    ids = torch.randint(3, 99, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = made(input_ids=ids).logits
+        made.save_pretrained(tmp_path / "m")
+        assert torch.equal(fxopt.load(tmp_path / "m")(input_ids=ids).logits, wanted)
+        exact = model(input_ids=ids).logits
+    assert float((wanted - exact).float().norm() / exact.float().norm()) < 0.1

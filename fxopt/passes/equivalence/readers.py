@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from fxopt.ir.program import Program, module_path
@@ -27,11 +26,6 @@ class Reader:
     def path(self) -> str:
         """The modules that read it."""
         return ", ".join(dict.fromkeys(module_path(linear) for linear in self.linears))
-
-    def column_reach(self, program: Program) -> Tensor:
-        """The largest |W| over all rows of all its weights, per input channel [in]."""
-        reaches = [program.weight(name).double().abs().amax(0) for name in self.weights]
-        return torch.stack(reaches).amax(0)
 
 
 def readers(program: Program) -> list[Reader]:

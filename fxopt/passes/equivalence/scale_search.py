@@ -14,42 +14,55 @@ from torch import Tensor
 
 from fxopt.passes.equivalence.clipping import Clipping
 from fxopt.passes.equivalence.rounding_error import Rounding, expected_error, rounding_error
-from fxopt.passes.equivalence.smoothing import SmoothingSite
 
+# Factors of coordinates [size] as scales of channels [d].
+Spread = Callable[[Tensor], Tensor]
 STEPS = 100
 RATE = 0.03
 
 
 def best_scale(
-    rounding: Rounding, site: SmoothingSite, candidates: Sequence[Tensor]
+    roundings: Sequence[Rounding], spreads: Sequence[Spread], candidates: Sequence[Tensor]
 ) -> Tensor | None:
-    """The best of no scale, the candidates [d] and what descent finds from the best of them."""
-    clipping = Clipping(rounding)
+    """The best of no scale, the candidates [size] and what descent finds from the best of them.
 
-    def expected(scale: Tensor) -> Tensor:
-        scale = scale.float()
-        return expected_error(rounding, scale) + clipping.error(scale)
+    `spreads` says what the factors of coordinates are for the channels of each rounded activation.
+    """
+    site = [
+        (rounding, Clipping(rounding), spread)
+        for rounding, spread in zip(roundings, spreads, strict=True)
+    ]
 
-    def measured(scale: Tensor | None) -> float:
-        factors = torch.ones_like(rounding.low) if scale is None else scale.float()
-        return rounding_error(rounding, scale) + float(clipping.error(factors))
+    def expected(factors: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for rounding, clipping, spread in site:
+            scale = spread(factors.float())
+            total = total + expected_error(rounding, scale) + clipping.error(scale)
+        return total
 
-    start = min(candidates, key=lambda scale: float(expected(scale)))
-    return min([None, start, _descend(expected, site, start)], key=measured)
+    def measured(factors: Tensor | None) -> float:
+        total = 0.0
+        for rounding, clipping, spread in site:
+            scale = None if factors is None else spread(factors)
+            known = torch.ones_like(rounding.low) if scale is None else scale.float()
+            total += rounding_error(rounding, scale) + float(clipping.error(known))
+        return total
+
+    start = min(candidates, key=lambda factors: float(expected(factors)))
+    return min([None, start, _descend(expected, start)], key=measured)
 
 
-def _descend(expected: Callable[[Tensor], Tensor], site: SmoothingSite, start: Tensor) -> Tensor:
-    coordinates = start if site.symmetry is None else site.gather(start)
-    logarithm = coordinates.log().float().requires_grad_(True)
+def _descend(expected: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    logarithm = start.log().float().requires_grad_(True)
     adam = torch.optim.Adam([logarithm], lr=RATE)
     decay = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, STEPS)
     best, least = start, float("inf")
     with torch.enable_grad():
         for _ in range(STEPS):
-            scale = logarithm.exp() if site.symmetry is None else site.spread(logarithm.exp())
-            error = expected(scale)
+            factors = logarithm.exp()
+            error = expected(factors)
             if (value := error.item()) < least:
-                best, least = scale.detach().double(), value
+                best, least = factors.detach().double(), value
             adam.zero_grad()
             error.backward()
             adam.step()

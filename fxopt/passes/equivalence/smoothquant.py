@@ -2,8 +2,9 @@
 
     s_j = max|x_j|^alpha / max|W_j|^(1 - alpha),    y = (x / s) (W diag(s))^T
 
-Shapes: x [..., d], over all calibration tokens; W [n, d], over all linears that read x; s [d].
-    Channels that share a coordinate (a kv head's channel over its query heads) share s.
+Shapes: x [..., d], over all calibration tokens; W [n, d], over all linears and experts that read x;
+    s [d]. Channels that share a coordinate share s: a kv head's channel over its query heads, and
+    all x of one symmetry, as those of ALBERT's layers.
 Exactness: equal over the reals. Deviations: the inputs of o and down projections are smoothed
     too; with alpha "auto" each site goes on from its best alpha to the scales at which its rounded
     linears err least (see scale_search). With granularity "tensor" that error counts what a static
@@ -26,7 +27,12 @@ from fxopt.passes.base import Calibration, Context, Exactness, Pass, PassResult,
 from fxopt.passes.equivalence.changes import Changes
 from fxopt.passes.equivalence.rounding_error import Rounding
 from fxopt.passes.equivalence.scale_search import best_scale
-from fxopt.passes.equivalence.smoothing import SmoothingSite, scale_site, smoothing_sites
+from fxopt.passes.equivalence.smoothing import (
+    Reading,
+    SmoothingSite,
+    scale_site,
+    smoothing_sites,
+)
 
 ALPHAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ROWS = 1024
@@ -67,59 +73,60 @@ class SmoothQuant(Pass):
         """Smooth every activation that linears read.
 
         Readers go first: folding their scale changes the rows that an earlier site measures, and
-        so a second run at alpha 0.5 finds nothing to do where a symmetry has one reader.
+        so a second run at alpha 0.5 finds nothing to do.
         """
         changes = Changes(program)
         for site in reversed(smoothing_sites(program, self.fold)):
-            context.progress(site.reader.path)
+            context.progress(site.path)
             if site.symmetry is None and not self.ride:
-                changes.refuse(site.reader.path, site.reason)
+                changes.refuse(site.path, site.reason)
                 continue
-            low, high = _ranges(site, context)
-            scale = self._scale(program, site, low, high, context)
+            scale = self._scale(program, site, context)
             if scale is not None:
                 scale_site(program, changes, site, scale)
         return changes.result()
 
-    def _scale(
-        self, program: Program, site: SmoothingSite, low: Tensor, high: Tensor, context: Context
-    ) -> Tensor | None:
-        reach, columns = torch.maximum(-low, high), site.reader.column_reach(program)
+    def _scale(self, program: Program, site: SmoothingSite, context: Context) -> Tensor | None:
+        ranges = [_range(reading, context) for reading in site.readings]
+        reach = site.gather(torch.maximum(-low, high) for low, high in ranges)
+        columns = site.gather(reading.column_reach(program) for reading in site.readings)
         if self.alpha != "auto":
-            return _smooth(site, reach, columns, self.alpha)
-        name = site.reader.source.name
-        rounding = Rounding(
+            return _smooth(reach, columns, self.alpha)
+        roundings = [
+            self._rounding(program, reading, low, high, context)
+            for reading, (low, high) in zip(site.readings, ranges, strict=True)
+        ]
+        spreads = [reading.spread for reading in site.readings]
+        return best_scale(roundings, spreads, [_smooth(reach, columns, a) for a in ALPHAS])
+
+    def _rounding(
+        self, program: Program, reading: Reading, low: Tensor, high: Tensor, context: Context
+    ) -> Rounding:
+        name = reading.reader.source.name
+        return Rounding(
             rows=context.statistics["rows"][name],
-            weights=[program.weight(name).float() for name in site.reader.weights],
+            weights=[weight.float() for weight in reading.columns(program)],
             low=low.float(),
             high=high.float(),
             granularity=self.granularity,
             symmetric=self.symmetric,
             tokens=int(context.statistics["tokens"][name]),
         )
-        return best_scale(rounding, site, [_smooth(site, reach, columns, a) for a in ALPHAS])
 
 
-def _ranges(site: SmoothingSite, context: Context) -> tuple[Tensor, Tensor]:
-    name = site.reader.source.name
+def _range(reading: Reading, context: Context) -> tuple[Tensor, Tensor]:
+    name = reading.reader.source.name
     try:
         low, high = context.statistics["minimum"][name], context.statistics["maximum"][name]
     except KeyError as error:
         raise CalibrationError(
-            f"the input of {site.reader.path} was never reached by the calibration data. Pass "
+            f"the input of {reading.reader.path} was never reached by the calibration data. Pass "
             "calibration data that uses this part of the model."
         ) from error
     return low.double(), high.double()
 
 
-def _smooth(site: SmoothingSite, reach: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    if site.symmetry is not None:
-        shared = _smooth_channels(site.gather(reach), site.gather(columns), alpha)
-        return site.spread(shared)
-    return _smooth_channels(reach, columns, alpha)
-
-
-def _smooth_channels(reach: Tensor, columns: Tensor, alpha: float) -> Tensor:
+def _smooth(reach: Tensor, columns: Tensor, alpha: float) -> Tensor:
     """The scale s = a^alpha / w^(1 - alpha); channels that are zero on either side keep s = 1."""
     dead = (reach < SMALLEST) | (columns < SMALLEST)
     scale = reach.clamp(SMALLEST) ** alpha / columns.clamp(SMALLEST) ** (1 - alpha)

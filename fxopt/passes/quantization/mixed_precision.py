@@ -13,6 +13,7 @@ Source: Bondarenko et al., Understanding and Overcoming the Challenges of Effici
     Quantization, EMNLP 2021, arXiv:2109.12948.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +50,11 @@ class MixedPrecision(Pass):
     may_do_nothing = True
 
     def __post_init__(self) -> None:
-        if self.keep < 0 or (self.target or 0) < 0 or self.batches < 1:
+        target = 0.0 if self.target is None else self.target
+        if self.keep < 0 or not 0 <= target < math.inf or self.batches < 1:
             raise RecipeError(
-                f"keep {self.keep} and target {self.target} must not be negative, batches "
-                f"{self.batches} must be positive."
+                f"keep {self.keep} and target {self.target} must be finite and not negative, "
+                f"batches {self.batches} must be positive."
             )
 
     def needs(self) -> tuple[Calibration, ...]:

@@ -6,6 +6,8 @@ Shapes: x [..., d], over all calibration tokens; r and pi [d]; W [out, d]. K gro
     channels that follow each other then differ little in range, and `quantize` with granularity
     "embedding_group" gives each one (scale, zero point). With `symmetric`, as that will round,
     r_j = 2 max |x_j|.
+    Activations whose order stands in the same weights, as in the layers of ALBERT, have one order,
+    by the range of a channel over all of them.
 Exactness: equal over the reals; every number keeps its value. The order is folded into what writes
     a feed-forward's hidden axis; elsewhere x is gathered in front of its linears, whose columns are
     permuted once. Deviations: every linear's input is sorted, not those of the FFN alone; the
@@ -16,6 +18,7 @@ Source: Bondarenko et al., Understanding and Overcoming the Challenges of Effici
     Quantization, EMNLP 2021, arXiv:2109.12948.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,20 +71,22 @@ class Peg(Pass):
         """Sort every activation whose groups gain by it."""
         changes = Changes(program)
         found = symmetries(program, Kind.PERMUTE)
-        for reader in readers(program):
-            low, high = self._ends(reader, context)
-            if len(low) % self.groups:
-                reason = f"{self.groups} groups do not divide its {len(low)} inputs"
+        for symmetry, sharing in self._by_symmetry(program, found):
+            reader = sharing[0]
+            ends = [self._ends(each, context) for each in sharing]
+            width = len(ends[0][0])
+            if width % self.groups:
+                reason = f"{self.groups} groups do not divide its {width} inputs"
                 changes.refuse(reader.path, reason)
                 continue
+            low = torch.stack([low for low, _ in ends]).amin(0)
+            high = torch.stack([high for _, high in ends]).amax(0)
             order = least_ranges(low, high, self.groups)
-            before, after = self._cost(low, high), self._cost(low[order], high[order])
+            before, after = self._cost(ends), self._cost([(a[order], b[order]) for a, b in ends])
             if before <= _NEAR * after:
                 continue
-            share = after / before
             context.progress(reader.path)
-            gain = f"group ranges {share:.2f}x"
-            symmetry = _own_symmetry(reader, found, len(order)) if self.fold else None
+            gain = f"group ranges {after / before:.2f}x"
             if symmetry is not None:
                 detail = f"order of {reader.path} folded, {gain}"
                 changes.apply(symmetry, _of_coordinates(reader, symmetry, order), detail)
@@ -90,9 +95,25 @@ class Peg(Pass):
                 _gather(program, changes, reader, order, f"{gain}; not folded: {why}")
         return changes.result()
 
-    def _cost(self, low: Tensor, high: Tensor) -> float:
+    def _by_symmetry(
+        self, program: Program, found: Symmetries
+    ) -> list[tuple[Symmetry | None, list[Reader]]]:
+        """Activations whose order is stored in the same weights, which have one order."""
+        sites: list[tuple[Symmetry | None, list[Reader]]] = []
+        for reader in readers(program):
+            width = program.weight(reader.weights[0]).shape[1]
+            symmetry = _own_symmetry(reader, found, width) if self.fold else None
+            known = [site for site in sites if symmetry is not None and site[0] is symmetry]
+            if known:
+                known[0][1].append(reader)
+            else:
+                sites.append((symmetry, [reader]))
+        return sites
+
+    def _cost(self, ends: Sequence[tuple[Tensor, Tensor]]) -> float:
         """The root mean square of the groups' ranges; the error of rounding is in proportion."""
-        return float(group_ranges(low, high, self.groups).square().mean().sqrt())
+        ranges = torch.stack([group_ranges(low, high, self.groups) for low, high in ends])
+        return float(ranges.square().mean().sqrt())
 
     def _ends(self, reader: Reader, context: Context) -> tuple[Tensor, Tensor]:
         """What the range of each channel must reach, low <= 0 <= high."""
@@ -109,7 +130,7 @@ class Peg(Pass):
 
 
 def _own_symmetry(reader: Reader, found: Symmetries, width: int) -> Symmetry | None:
-    """The symmetry of an axis that is stored in weights alone and read by this reader alone."""
+    """The symmetry of an axis that is stored in weights alone and read by these weights alone."""
     for symmetry in found:
         read = {edit.name for edit in symmetry.weights if edit.axes == (1,)}
         whole = (symmetry.blocks, symmetry.size) == (1, width)

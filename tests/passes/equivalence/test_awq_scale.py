@@ -62,8 +62,9 @@ def test_the_best_ratio_never_errs_more_than_no_scale(name):
         rows = collect(program, linear_inputs(program), calibration_of(before), rows=512)["rows"]
         found = {}
         for site in (site for site in smoothing_sites(before) if site.symmetry is not None):
-            x = rows[site.reader.source.name]
-            for name in site.reader.weights:
+            (reading,) = site.readings
+            x = rows[reading.reader.source.name]
+            for name in reading.weights:
                 weight = program.weight(name)
                 difference = choose_grid(weight, INT3).round(weight) - weight
                 found[name] = float((x @ difference.T).square().sum()), x @ weight.T

@@ -8,11 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxopt.passes.equivalence.clipping import Clipping, tail_index
-from fxopt.passes.equivalence.readers import readers
 from fxopt.passes.equivalence.rounding_error import Rounding, expected_error, rounding_error
 from fxopt.passes.equivalence.scale_search import best_scale
-from fxopt.passes.equivalence.smoothing import SmoothingSite, smoothing_sites
+from fxopt.passes.equivalence.smoothing import smoothing_sites
 from tests.passes.equivalence.harness import canonical
+
+
+def each_channel(scale: torch.Tensor) -> torch.Tensor:
+    """Every channel is a coordinate of its own."""
+    return scale
+
 
 SCHEMES = [("token", True), ("token", False), ("tensor", True), ("tensor", False)]
 
@@ -43,23 +48,21 @@ def test_the_expected_error_is_that_of_rounding(seed, scheme, scale_spread):
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_search_beats_its_start_and_no_scale(scheme):
-    site = SmoothingSite(readers(canonical("bert"))[0], None, ())
     outliers = rounding(0, *scheme, spread=1.5)
     start = outliers.rows.abs().amax(0).sqrt().double()
     # As if no new token went beyond those seen: the tests of clipping are below.
     outliers = replace(outliers, tokens=10**9)
-    found = best_scale(outliers, site, [start])
+    found = best_scale([outliers], [each_channel], [start])
     assert rounding_error(outliers, found) < 0.95 * rounding_error(outliers, start)
     assert rounding_error(outliers, found) < 0.9 * rounding_error(outliers, None)
 
 
 def test_a_layer_that_rounds_exactly_keeps_its_channels():
-    site = SmoothingSite(readers(canonical("bert"))[0], None, ())
     rows = torch.randint(-127, 128, (50, 16), generator=torch.Generator().manual_seed(0)).float()
     rows[:, 0] = 127.0
     exact = Rounding(rows, [torch.eye(16)], rows.amin(0), rows.amax(0), "token", True, 50)
     assert rounding_error(exact, None) == 0
-    assert best_scale(exact, site, [torch.linspace(1, 2, 16).double()]) is None
+    assert best_scale([exact], [each_channel], [torch.linspace(1, 2, 16).double()]) is None
 
 
 def test_channels_of_one_coordinate_share_their_factor():
@@ -68,11 +71,11 @@ def test_channels_of_one_coordinate_share_their_factor():
     site = next(
         site
         for site in smoothing_sites(program)
-        if site.symmetry is not None and site.edits[0].positions.shape[2] == 2
+        if site.symmetry is not None and site.readings[0].channels.shape[1] == 2
     )
     factors = torch.linspace(1, 2, site.symmetry.size)
-    scale = site.spread(factors)
-    torch.testing.assert_close(site.gather(scale), factors.double())
+    scale = site.readings[0].spread(factors)
+    torch.testing.assert_close(site.gather([scale]), factors.double())
     assert scale.unique().numel() == site.symmetry.size
     assert scale.numel() == 2 * site.symmetry.size
 
@@ -95,11 +98,10 @@ def heavy_tailed(seed: int, symmetric: bool) -> tuple[Rounding, Rounding]:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_static_range_is_searched_for_tokens_that_were_not_seen(seed, symmetric):
-    site = SmoothingSite(readers(canonical("bert"))[0], None, ())
     calibrated, new = heavy_tailed(seed, symmetric)
     start = calibrated.rows.abs().amax(0).sqrt().double()
-    fitted = best_scale(replace(calibrated, tokens=10**9), site, [start])
-    found = best_scale(calibrated, site, [start])
+    fitted = best_scale([replace(calibrated, tokens=10**9)], [each_channel], [start])
+    found = best_scale([calibrated], [each_channel], [start])
     assert rounding_error(calibrated, fitted) < rounding_error(calibrated, found)
     assert rounding_error(new, found) < 0.75 * rounding_error(new, fitted)
 

@@ -372,3 +372,15 @@ def test_a_mixture_is_optimized_saved_and_generates(method, tmp_path):
     again = weights(read_folder(tmp_path / "model").program)
     for place, value in weights(optimized.program).items():
         assert torch.equal(value, again[place]), place
+
+
+def test_tables_of_linears_and_of_experts_are_saved_apart(tmp_path):
+    """Of unlike shapes, they hold the same numbers."""
+    program = applied(canonical_program("mixtral"), Quantize(FORMATS["nf4"]))
+    tables = [name for name in program.weights() if "nf4_table" in name]
+    assert len(tables) == 2
+    save(tmp_path / "m", program)
+    back = read_folder(tmp_path / "m").program
+    assert all(torch.equal(back.weight(name), program.weight(name)) for name in tables)
+    found, wanted = (run_program(p, program.examples[0]) for p in (back, program))
+    assert all(map(torch.equal, found, wanted))

@@ -121,7 +121,13 @@ def test_it_needs_data_and_options_that_make_sense():
     before, _ = quantized()
     with pytest.raises(CalibrationError, match="needs calibration data"):
         manager().run(before, [MixedPrecision()])
-    for wrong in ({"keep": -1}, {"target": -0.1}, {"batches": 0}):
+    for wrong in (
+        {"keep": -1},
+        {"target": -0.1},
+        {"target": float("nan")},
+        {"target": float("inf")},
+        {"batches": 0},
+    ):
         with pytest.raises(RecipeError, match="negative"):
             MixedPrecision(**wrong)
     assert Quantize.name in MixedPrecision.after

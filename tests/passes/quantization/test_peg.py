@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fxopt.analysis.calibration import collect, linear_inputs
 from fxopt.analysis.execution import run_float64
 from fxopt.analysis.samples import Sample
 from fxopt.errors import RecipeError
@@ -236,3 +237,33 @@ def test_groups_that_were_sorted_for_another_rounding_are_noted(groups, symmetri
     notes = " ".join(after.history[-1].notes)
     assert (said is None) == (notes == "")
     assert said is None or said in notes
+
+
+def test_what_is_applied_several_times_has_one_order_for_all_of_it():
+    """As in ALBERT: the ranges of a channel are those of all applications."""
+
+    class Applied(Wide):
+        def forward(self, x):
+            for _ in range(3):
+                x = torch.tanh(x * 0.7 + super().forward(x))
+            return x
+
+    torch.manual_seed(0)
+    module = Applied()
+    with torch.no_grad():
+        module.first.weight.mul_(torch.logspace(-1, 1, 8)[torch.randperm(8)][:, None])
+    before, samples = captured(module, torch.randn(2, 3, 8)), [Sample([torch.randn(4, 9, 8)])]
+    after = manager(samples).run(before, [Peg(groups=4)])
+    folded = [site for site in after.history[-1].sites if "folded, " in site.detail]
+    assert len(folded) == 1
+    moved = after.weight("second.weight")
+    seen = collect(before, linear_inputs(before), samples)
+    sources = [node.args[0].name for node in before.nodes(aten.linear.default)][1::2]
+    low = torch.stack([seen["minimum"][name] for name in sources]).amin(0).clamp(max=0)
+    high = torch.stack([seen["maximum"][name] for name in sources]).amax(0).clamp(min=0)
+    reach = torch.maximum(-low, high).double()
+    order = least_ranges(-reach, reach, 4)
+    assert torch.equal(moved, before.weight("second.weight")[:, order])
+    # A second run finds it sorted: no application has undone the order of another.
+    again = manager(samples).run(after, [Peg(groups=4)])
+    assert signature_of(again) == signature_of(after)
