@@ -106,12 +106,14 @@ def smoothing_sites(program: Program, fold: bool = True) -> list[SmoothingSite]:
 def _site(program: Program, reader: Reader, found: Symmetries, fold: bool) -> SmoothingSite:
     width = program.weight(reader.weights[0]).shape[1]
     names = set(reader.weights)
+    mixtures = program.nodes(torch.ops.fxopt.moe.default)
+    mixed = {str(source.target) for node in mixtures for source in node.all_input_nodes}
     for symmetry in found if fold else ():
         columns = [edit for edit in symmetry.weights if edit.positions.size == width]
         edits = [edit for edit in columns if edit.name in names and edit.axes == (1,)]
         read = [edit for edit in symmetry.weights if edit.name in names and edit.axes == (1,)]
         if {edit.name for edit in edits} == names and len(read) == len(edits):
-            experts = [edit.name for edit in columns if edit.axes == (2,)]
+            experts = [edit.name for edit in columns if edit.axes == (2,) and edit.name in mixed]
             channels = torch.from_numpy(edits[0].positions).flatten(0, 1)
             reading = Reading(reader, (*reader.weights, *experts), channels)
             return SmoothingSite((reading,), symmetry, edits[0].inverse)

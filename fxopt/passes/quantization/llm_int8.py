@@ -144,7 +144,7 @@ class LlmInt8(Pass):
         return torch.maximum(-low, high)
 
 
-_MARK = ".outlier_columns"
+_MARK = "outlier_columns"
 
 
 def _split_already(node: Node) -> str | None:
@@ -152,6 +152,11 @@ def _split_already(node: Node) -> str | None:
     weight: Any = node.args[1]
     held = _MARK in str(weight.target)
     return "its columns are the outliers of a linear that was split" if held else None
+
+
+def _beside(name: str, other: str) -> str:
+    """A name in the module of a weight; at the root of the model it has no dot."""
+    return f"{name.rpartition('.')[0]}.{other}".lstrip(".")
 
 
 class _Splitting:
@@ -170,8 +175,7 @@ class _Splitting:
         weight = self.program.weight(name)
         some = bool(outliers.any())
         if some:
-            held = f"{name.rpartition('.')[0]}.inlier_mask"
-            mask = build.equal_weight(held, (~outliers).to(weight.dtype))
+            mask = build.equal_weight(_beside(name, "inlier_mask"), (~outliers).to(weight.dtype))
             node.update_arg(0, build.call(aten.mul.Tensor, source, mask))
         node.update_arg(0, quantize_activation(build, node, _ACTIVATIONS, self.context))
         node.update_arg(1, self._read(build, name, torch.where(outliers, 0, weight)))
@@ -215,10 +219,9 @@ class _Splitting:
         """Add to a linear what the outlier columns [out, |O|] contribute."""
         users = list(node.users)
         build = Builder(self.program, node.next, "llm-int8")
-        path = name.rpartition(".")[0]
-        columns = build.equal_weight(f"{path}.outliers", outliers.nonzero().flatten())
+        columns = build.equal_weight(_beside(name, "outliers"), outliers.nonzero().flatten())
         gathered = build.call(aten.index_select.default, source, -1, columns)
-        held = build.equal_weight(f"{path}{_MARK}", weight.contiguous())
+        held = build.equal_weight(_beside(name, _MARK), weight.contiguous())
         floating = build.call(aten.linear.default, gathered, held)
         total = build.call(aten.add.Tensor, node, floating)
         for made in build.created:

@@ -194,3 +194,23 @@ def reach_of_reader(program: Program, name: str) -> Tensor:
     (reader,) = [reader for reader in readers(program) if reader.weights == (name,)]
     source = reader.source.name
     return torch.maximum(-seen["minimum"][source], seen["maximum"][source])
+
+
+@pytest.mark.parametrize("scaling", [SmoothQuant(alpha=0.5), SmoothQuant("auto"), AwqScale(0.5)])
+def test_what_writes_an_activation_does_not_count_as_what_reads_it(scaling):
+    """A bias of shape [1, 1, d] has its channels where experts have theirs."""
+
+    class Shifted(nn.Module):
+        def __init__(self, *shape: int) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+            self.shift = nn.Parameter(50 * torch.randn(24).reshape(shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x) + self.shift)
+
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+    flat, deep = (run(plain(Shifted(*shape), x), scaling) for shape in ((24,), (1, 1, 24)))
+    torch.testing.assert_close(flat.weight("down.weight"), deep.weight("down.weight"))
+    assert sites(deep)

@@ -277,3 +277,14 @@ def test_outliers_of_a_shared_weight_are_those_of_all_that_read_it():
     (columns,) = (value for name, value in after.weights().items() if name.endswith(".outliers"))
     assert columns.tolist() == [2, 3, 5, 6]
     assert torch.allclose(run(after, [x])[0], run(program, [x])[0], rtol=0.05, atol=0.5)
+
+
+def test_a_weight_at_the_root_of_the_model_is_split():
+    torch.manual_seed(0)
+    program, x = captured(torch.nn.Linear(8, 8), torch.randn(2, 3, 8)), outlying(0)
+    after = manager([Sample([x])]).run(program, [LlmInt8()])
+    assert {"inlier_mask", "outliers", "outlier_columns"} < set(after.weights())
+    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], rtol=0.05, atol=0.5)
+    with pytest.warns(UserWarning, match="was split"):
+        again = manager([Sample([x])]).run(after, [LlmInt8()])
+    assert signature_of(again) == signature_of(after)
