@@ -6,7 +6,7 @@ Where dataflow proves it, 1/s is folded into what writes x; elsewhere it rides i
 linear, where the quantize operator takes it up.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from fxopt.analysis.symmetry import Symmetries, Symmetry, symmetries
 from fxopt.ir.program import Program, Site, module_path
 from fxopt.passes.equivalence.changes import Changes
 from fxopt.passes.equivalence.readers import Reader, read_elsewhere, readers
+from fxopt.passes.quantization.weights import kind_of, weight_indices, weight_node
 from fxopt.rewrite.builder import Builder
 
 aten = torch.ops.aten
@@ -84,11 +85,11 @@ def smoothing_sites(program: Program, fold: bool = True) -> list[SmoothingSite]:
 
     What shares a symmetry (the layers of ALBERT share all of theirs) is one site.
     """
-    found = symmetries(program, Kind.SCALE)
+    found, mixed = symmetries(program, Kind.SCALE), _of_experts(program)
     sites: list[SmoothingSite] = []
     places: dict[int, int] = {}  # where the site of a symmetry stands
     for reader in readers(program):
-        site = _site(program, reader, found, fold)
+        site = _site(program, reader, found if fold else None, mixed)
         place = len(sites) if site.symmetry is None else places.get(id(site.symmetry), len(sites))
         if place == len(sites):
             if site.symmetry is not None:
@@ -103,22 +104,29 @@ def smoothing_sites(program: Program, fold: bool = True) -> list[SmoothingSite]:
     return sites
 
 
-def _site(program: Program, reader: Reader, found: Symmetries, fold: bool) -> SmoothingSite:
+def _of_experts(program: Program) -> set[str]:
+    """The names of the weights of experts."""
+    mixtures = [node for node in program.nodes() if kind_of(node) == "experts"]
+    weights = (weight_node(node, index) for node in mixtures for index in weight_indices(node))
+    return {str(weight.target) for weight in weights if weight is not None}
+
+
+def _site(
+    program: Program, reader: Reader, found: Symmetries | None, mixed: Collection[str]
+) -> SmoothingSite:
+    if found is None:
+        return _unfolded(program, reader, "folding was not asked for")
     width = program.weight(reader.weights[0]).shape[1]
     names = set(reader.weights)
-    mixtures = program.nodes(torch.ops.fxopt.moe.default)
-    mixed = {str(source.target) for node in mixtures for source in node.all_input_nodes}
-    for symmetry in found if fold else ():
-        columns = [edit for edit in symmetry.weights if edit.positions.size == width]
-        edits = [edit for edit in columns if edit.name in names and edit.axes == (1,)]
-        read = [edit for edit in symmetry.weights if edit.name in names and edit.axes == (1,)]
-        if {edit.name for edit in edits} == names and len(read) == len(edits):
-            experts = [edit.name for edit in columns if edit.axes == (2,) and edit.name in mixed]
+    for symmetry in found:
+        edits = [edit for edit in symmetry.weights if edit.name in names and edit.axes == (1,)]
+        whole = all(edit.positions.size == width for edit in edits)
+        if {edit.name for edit in edits} == names and whole:
+            columns = [edit for edit in symmetry.weights if edit.axes == (2,)]
+            experts = [e.name for e in columns if e.name in mixed and e.positions.size == width]
             channels = torch.from_numpy(edits[0].positions).flatten(0, 1)
             reading = Reading(reader, (*reader.weights, *experts), channels)
             return SmoothingSite((reading,), symmetry, edits[0].inverse)
-    if not fold:
-        return _unfolded(program, reader, "folding was not asked for")
     known = [why for name in reader.weights if (why := found.reason(name, 1)) is not None]
     reason = known[0] if known else "only a part of its channels can change"
     return _unfolded(program, reader, reason)

@@ -8,6 +8,7 @@ Shapes: X_l [tokens, in] is what the original model gives a linear. Rounding for
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -33,22 +34,21 @@ class SharedInputs:
         self._tokens: Counter[str] = Counter()
         shared = [node for node in linears if self.calls[weight_name(node)] > 1]
         if shared:
-            self._lockstep = Lockstep(program, samples)
-            self._lockstep.run(self._visit, shared)
-            del self._lockstep
+            lockstep = Lockstep(program, samples)
+            lockstep.run(partial(self._visit, lockstep), shared)
 
     def take(self, name: str) -> tuple[Tensor, int] | None:
         """The moments [in, in], held no longer, and the tokens; None where one linear reads it."""
         moments = self._moments.pop(name, None)
         return None if moments is None else (moments, self._tokens[name])
 
-    def _visit(self, node: Node) -> None:
+    def _visit(self, lockstep: Lockstep, node: Node) -> None:
         if kind_of(node) != "linear" or self.calls[weight_name(node)] < 2:
             return
         source: Any = node.args[0]
         name, path = weight_name(node), module_path(node) or node.name
         try:
-            rows = self._lockstep.rows(source)
+            rows = lockstep.rows(source)
             moments = second_moments(rows)
         except CalibrationError as error:
             raise CalibrationError(f"gptq of {path}: {error}") from error

@@ -92,7 +92,7 @@ def store_weight(program: Program, name: str, codes: Tensor, grid: Grid) -> Stor
     table = _table_name(grid)
     if grid.format.kind == "codebook" and table not in program.weights():
         one = [1] * len(grid.block)
-        program.set_weight(table, grid.format.codebook().clone().reshape(*one, -1))
+        program.set_weight(table, grid.format.codebook().reshape(*one, -1))
     return StoredWeight(stored, grid, codes.shape[-1])
 
 

@@ -28,6 +28,8 @@ from tests.passes.quantization.test_quantize import (
 
 aten = torch.ops.aten
 ops = torch.ops.fxopt
+# Inliers in int8 move an output by less; an outlier column that is lost moves one by more.
+ROUNDED = {"rtol": 0.05, "atol": 0.5}
 
 
 def outlying(seed: int) -> torch.Tensor:
@@ -242,7 +244,7 @@ def test_outliers_are_those_of_the_model_before_any_linear_was_split():
         f"{int((x.abs().amax((0, 1)) >= threshold).sum())} of 8 columns in floating point",
         f"{expected} of 8 columns in floating point",
     ]
-    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], rtol=0.05, atol=0.5)
+    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], **ROUNDED)
 
 
 class Again(Wide):
@@ -263,7 +265,7 @@ def test_a_weight_that_two_linears_read_is_held_once(outliers):
         details = {site.detail for site in after.history[-1].sites}
         assert details == {"int8 per token and channel, 2 of 8 columns in floating point"}
         assert sum("outlier_columns" in name for name in after.weights()) == 1
-    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], rtol=0.05, atol=0.5)
+    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], **ROUNDED)
 
 
 def test_outliers_of_a_shared_weight_are_those_of_all_that_read_it():
@@ -276,7 +278,7 @@ def test_outliers_of_a_shared_weight_are_those_of_all_that_read_it():
     after = manager([Sample([x])]).run(program, [LlmInt8()])
     (columns,) = (value for name, value in after.weights().items() if name.endswith(".outliers"))
     assert columns.tolist() == [2, 3, 5, 6]
-    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], rtol=0.05, atol=0.5)
+    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], **ROUNDED)
 
 
 def test_a_weight_at_the_root_of_the_model_is_split():
@@ -284,7 +286,7 @@ def test_a_weight_at_the_root_of_the_model_is_split():
     program, x = captured(torch.nn.Linear(8, 8), torch.randn(2, 3, 8)), outlying(0)
     after = manager([Sample([x])]).run(program, [LlmInt8()])
     assert {"inlier_mask", "outliers", "outlier_columns"} < set(after.weights())
-    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], rtol=0.05, atol=0.5)
+    assert torch.allclose(run(after, [x])[0], run(program, [x])[0], **ROUNDED)
     with pytest.warns(UserWarning, match="was split"):
         again = manager([Sample([x])]).run(after, [LlmInt8()])
     assert signature_of(again) == signature_of(after)
